@@ -5,7 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +37,7 @@ TINY = {
 APART = {"teacher.placement": "disaggregated", "teacher.ranks": 1}
 
 
-def overrides(values: dict[str, object]) -> list[str]:
+def overrides(values: Mapping[str, object]) -> list[str]:
     return [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
 
 
@@ -68,10 +68,11 @@ class Work:
         """Master weights of the same run without Slurm: processes whose ranks are set in the environment."""
         name = f"reference-{world}"
         if not (self.folder / name).exists():
-            self._run_plainly(name, world, more)
+            self.run_plainly(name, world, more)
         return self.weights(name)
 
-    def _run_plainly(self, name: str, world: int, more: dict[str, object]) -> None:
+    def run_plainly(self, name: str, world: int, more: Mapping[str, object]) -> None:
+        """A run without Slurm, with further settings."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

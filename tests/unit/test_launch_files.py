@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from megadistill.distributed import store_server
 from megadistill.errors import OperatorFault, RestartFault, UserError
 from tests.paths import ROOT
 
@@ -71,6 +72,10 @@ FIELDS: dict[str, dict[str, type]] = {
         "envs.OMP_NUM_THREADS": str,
         "run": str,
     },
+}
+FIELDS["jobset-replicas.yaml"] = FIELDS["jobset.yaml"] | {
+    "spec.successPolicy.operator": str,
+    "spec.successPolicy.targetReplicatedJobs[]": str,
 }
 
 
@@ -129,6 +134,34 @@ def test_the_parts_of_the_jobset_agree() -> None:
     assert _pod_variables()["MASTER_ADDR"] == f"{name}-{replicated['name']}-0-0.{name}", "the first pod's host name"
     mounts = {mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
     assert mounts == {volume["name"] for volume in pod["volumes"]}
+
+
+def test_replicas_are_jobs_like_that_of_one_launch_which_start_again_by_themselves() -> None:
+    """Their pods differ in nothing but what tells them their replica."""
+    manifest, single = _manifest("jobset-replicas.yaml"), _manifest("jobset.yaml")
+    store, replica = manifest["spec"]["replicatedJobs"]
+    assert manifest["spec"]["successPolicy"] == {"operator": "All", "targetReplicatedJobs": [replica["name"]]}
+    assert manifest["spec"]["failurePolicy"] == single["spec"]["failurePolicy"]
+    (container,) = replica["template"]["spec"]["template"]["spec"]["containers"]
+    variables = {entry["name"]: entry.get("value") for entry in container["env"]}
+    assert int(variables.pop("MEGADISTILL_REPLICAS")) == replica["replicas"]
+    (server,) = store["template"]["spec"]["template"]["spec"]["containers"]
+    name = manifest["metadata"]["name"]
+    assert variables.pop("MEGADISTILL_STORE") == f"{name}-{store['name']}-0-0.{name}:{server['command'][-1]}"
+    assert server["command"][:3] == ["python", "-m", store_server.__name__]
+    order = [entry["name"] for entry in container["env"]]
+    assert order.index("MEGADISTILL_REPLICA") < order.index("MASTER_ADDR"), "a variable names those before it"
+    address = f"{name}-{replica['name']}-$(MEGADISTILL_REPLICA)-0.{name}"
+    assert variables.pop("MASTER_ADDR") == address, "the first pod of the same Job"
+    assert variables.pop("MEGADISTILL_REPLICA") is None, "the downward API's"
+    its, job = replica["template"]["spec"], _job()
+    assert its.pop("backoffLimit") > its["completions"], "a lost node costs a pod of each of its replica's"
+    assert job.pop("backoffLimit") == 0
+    pod = job["template"]["spec"]["containers"][0]
+    others = {entry["name"]: entry.get("value") for entry in pod.pop("env")}
+    assert variables == {name: value for name, value in others.items() if name != "MASTER_ADDR"}
+    del container["env"]
+    assert its == job
 
 
 def test_the_image_has_the_script_that_the_manifests_start() -> None:
@@ -268,6 +301,22 @@ def test_pods_of_the_jobset_start_the_ranks_of_one_launch(place: Place, tmp_path
     place_of = [line.split(":")[0].split() for line in place.lines()]
     assert [(rank, world, address) for rank, world, _, _, address, _ in place_of] == [
         (str(rank), "4", "distill-node-0-0.distill") for rank in range(4)
+    ]
+
+
+def test_pods_of_a_replica_start_the_ranks_of_its_launch(place: Place, tmp_path: Path) -> None:
+    (_, replica) = _manifest("jobset-replicas.yaml")["spec"]["replicatedJobs"]
+    (container,) = replica["template"]["spec"]["template"]["spec"]["containers"]
+    command = [word.replace("/opt/src", str(ROOT)) for word in container["command"]]
+    variables = {entry["name"]: entry["value"] for entry in container["env"] if "value" in entry}
+    variables |= {"RUN_FOLDER": str(tmp_path / "run"), "MEGADISTILL_REPLICA": "1"}
+    variables["MASTER_ADDR"] = variables["MASTER_ADDR"].replace("$(MEGADISTILL_REPLICA)", "1")  # as Kubernetes does
+    for index in range(4):
+        code, _ = place.finish(*command, **variables, NODE_RANK=str(index), LAUNCH_ID="uid", RANKS_PER_NODE="1")
+        assert code == 0
+    ranks = [line.split(":")[0].split() for line in place.lines()]
+    assert [(rank, world, address) for rank, world, _, _, address, _ in ranks] == [
+        (str(rank), "4", "distill-node-1-0.distill") for rank in range(4)
     ]
 
 
