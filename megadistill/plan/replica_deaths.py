@@ -3,7 +3,7 @@
 The survivors notice it, make their groups anew and take the step again without it, then wait once more when a
 replacement joins at the end of a step. Until then the run has the throughput of R - 1 replicas. So a death costs
 
-    pause + replacement / R   seconds,   pause = detection + groups + a step + groups + the state from a living replica
+    pause + replacement / R   seconds,   pause = notice + groups + a step + groups + the state from a living replica
 
 and nothing of the steps since the last save. By the renewal reward theorem, with a mean time M between faults of which
 a share f are such deaths, useful time over wall time is 1 / (1 + f/M · (pause + replacement / R)); it multiplies Daly's
@@ -17,9 +17,11 @@ from dataclasses import dataclass
 
 from megadistill.config.recipe import Recipe
 from megadistill.plan.estimate import Estimate
-from megadistill.plan.restart import CHECKPOINT, CLEANUP, DETECTION, FAULT, GROUPS, GROUPS_OF_RANK
+from megadistill.plan.restart import CHECKPOINT, CLEANUP, FAULT, GROUPS, GROUPS_OF_RANK
 from megadistill.student.optimizer import state_bytes
 
+NOTICE = 10.0
+"""Time (s) after which the others notice a host that is silent; a process that was killed takes less than one."""
 ONE_NODE = 321 / 419
 """Share of the faults that are one node's: of Llama 3 405B's 419 (arXiv:2407.21783, table 5) without 54 bugs of
 software, 7 time-outs of NCCL and 2 of dependencies, which every replica has, and 35 of network switches and cables,
@@ -60,7 +62,7 @@ def count_deaths(estimate: Estimate, restart: Mapping[str, float]) -> Deaths:
     groups = GROUPS + GROUPS_OF_RANK * run.replicas
     state = state_bytes(run.recipe.train.optimizer) * run.partition_size
     joining = groups + state / estimate.cluster.accelerator.network_bandwidth
-    pause = DETECTION + groups + estimate.times.step + joining
+    pause = NOTICE + groups + estimate.times.step + joining
     of_others = GROUPS_OF_RANK * (estimate.cluster.ranks - run.shard)  # a replacement makes its own groups alone
     replacement = sum(restart.values()) - restart[FAULT] - restart[CHECKPOINT] + CLEANUP - of_others
     return Deaths(ONE_NODE, pause, replacement, run.replicas)
