@@ -269,6 +269,7 @@ def _train_with_spike(topology: Topology, manifest: str, folder: str, nodes: str
         Path(manifest), Path(folder), Path(nodes), topology.rank, max_rollbacks=1, rollback_steps=1
     ).snapshot()
     made["data"]["skip"] = skip
+    made["distributed"] |= {"shard": topology.shard_world, "vocab_group": topology.group_size}
     own, spikes = Trainer._hooks, dict[int, _Spike]()
 
     def hooks(trainer: Trainer, *arguments: Any, **keys: Any) -> list[Hook]:
