@@ -14,9 +14,9 @@ from megadistill.data.targets.target_manifest import TargetManifest
 from megadistill.distributed.launch import Launch
 from megadistill.distributed.roles import Roles
 from megadistill.distributed.topology import Topology
-from megadistill.train import loop
 from megadistill.train.checkpoint.format import newest_checkpoint
-from megadistill.train.lookahead import StepBatch
+from megadistill.train.lookahead import StepBatch, StepBatches
+from megadistill.train.loop import run
 from megadistill.train.setup.setup import prepare
 from megadistill.train.teacher.placement import run_teacher_server
 from tests.ranks.harness import run_ranks
@@ -38,16 +38,17 @@ def _train(topology: Topology, values: dict[str, Any], stop_after: int | None) -
     if topology.role == "teacher":
         run_teacher_server(setup, topology)
         return slots
-    plain = loop.train_step
+    plain = StepBatches.__next__
 
-    def recorded(student: Any, batch: StepBatch, **options: Any) -> Any:
-        rows, surplus = batch.batch.slots, batch.batch.surplus
+    def recorded(batches: StepBatches) -> StepBatch:
+        step = plain(batches)
+        rows, surplus = step.batch.slots, step.batch.surplus
         slots.append((rows[~surplus].tolist(), rows[surplus].tolist()))
-        return plain(student, batch, **options)
+        return step
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "train_step", recorded)
-        loop.run(setup, topology, stop_after)
+        patch.setattr(StepBatches, "__next__", recorded)
+        run(setup, topology, stop_after)
     return slots
 
 
@@ -101,7 +102,8 @@ def test_a_run_of_three_ranks_is_resumed_by_two_and_reads_the_slots_of_an_undist
         "validation": {"data": {"heldout": str(heldout)}, "every": 2, "sequences": 3},
     }
     runs = {}
-    for name, launches in {"one": [(1, None)], "others": [(3, 2), (2, 4), (3, None)]}.items():
+    launched: dict[str, list[tuple[int, int | None]]] = {"one": [(1, None)], "others": [(3, 2), (2, 4), (3, None)]}
+    for name, launches in launched.items():
         values = _values(manifest, tmp_path / name, **own)
         values["train"] |= {"norms_every": 1, "micro_batch": BATCH if name == "one" else 1}
         runs[name] = _run(values, *launches)
