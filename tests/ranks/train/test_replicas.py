@@ -133,7 +133,9 @@ def _train_locally(topology: Topology, manifest: str, folder: str, nodes: str, s
     values["distributed"] |= {"shard": topology.shard_world, "vocab_group": topology.group_size}
     values["train"]["checkpoint_every"] = 2
     launch = Launch(topology.rank, topology.world, topology.local_rank, topology.world)
-    return run(prepare(Recipe.model_validate(values), launch), topology, stop_after=stop_after).step
+    outcome = run(prepare(Recipe.model_validate(values), launch), topology, stop_after=stop_after)
+    assert outcome is not None
+    return outcome.step
 
 
 @pytest.fixture(scope="module")
