@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -49,6 +50,7 @@ ELSEWHERE = {
     r"--nnodes": "tests/e2e/test_launchers.py::test_torchrun_on_each_node_by_itself",
     r"sbatch ": "tests/slurm/test_training.py",
     r"^python -m benchmarks": "tests/unit/benchmarks",
+    r"distributed\.store_server": "tests/e2e/test_documented_commands.py::test_a_replica_of_the_page_is_lost_and_joins",
     r"^tensorboard ": "tests/unit/train/telemetry/test_tensorboard.py",
     r"^pip install": "tests/unit/test_documentation.py::test_documented_extras_are_the_projects",
 }
@@ -205,6 +207,28 @@ def _here(sandbox: Path, line: str) -> Finished:
 def _words(line: str) -> list[str]:
     """The arguments of `megadistill`, as a shell passes them."""
     return [os.path.expanduser(word) for word in shlex.split(line)[1:]]
+
+
+@pytest.mark.thorough
+def test_a_replica_of_the_page_is_lost_and_joins(sandbox: Path) -> None:
+    """The example of docs/replicas.md, with fewer steps: between its first two blocks there are some."""
+    _, _, section = (ROOT / "docs" / "replicas.md").read_text(encoding="utf-8").partition("\n## Try it on two cores")
+    blocks = re.findall(r"^```bash\n(.*?)^```$", section.partition("\n## ")[0], flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 3
+    steps, folder = 400, sandbox / "runs/smoke/replicas"
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    wait = f"until [ $(wc -l <{folder}/metrics.jsonl) -ge 5 ]; do sleep 0.1; done 2>/dev/null\n"
+    script = f"{blocks[0]}{wait}{blocks[1]}{blocks[2]}".replace("29600", str(port))
+    longer = f"--set train.steps={steps} --set train.checkpoint_every=100 --set run.folder="
+    finished = _process(sandbox, script.replace("--set run.folder=", longer))
+    assert finished.code == 0, finished.transcript
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+    changes = [event for event in events if event["event"] == "replicas_changed"]
+    assert [(change["lost"], change["joined"]) for change in changes] == [([0], []), ([], [0])]
+    metrics = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in metrics] == list(range(1, steps + 1))
+    assert (folder / "DONE").exists()
 
 
 @pytest.mark.parametrize("target", sorted({c.line for c in every_command() if c.program == "make"}))
