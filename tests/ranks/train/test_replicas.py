@@ -39,10 +39,11 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "stages": (4, 2, EVERYTHING),
     "own ranks": (2, 1, {"teacher": {"placement": "disaggregated", "ranks": 1}}),
     "shared sequences": (4, 2, {"distributed": {"sequence": 2}}),
+    "damaged data": (2, 1, {"data": {"on_corrupt_sample": "mask", "max_masked_per_million": 1_000_000}}),
     "saved targets": (2, 1, {"loss": {"targets": {"draws": 8}}, "teacher": {"save_targets": "targets"}}),
 }
 """Ranks of the student, those of a replica, and sections."""
-LONG = ("shared sequences", "saved targets")
+LONG = ("shared sequences", "damaged data", "saved targets")
 
 
 def _recipe(manifest: Path, teacher: Path, folder: Path, sections: dict[str, Any], *, world: int) -> Recipe:
@@ -100,10 +101,22 @@ def _require_alike(ours: Any, theirs: Any, where: str) -> None:
         assert ours == theirs, where
 
 
+def _damaged(manifest: Path, folder: Path) -> Path:
+    """A copy of the split with a wrong byte in its middle."""
+    shutil.copytree(manifest.parent.parent, folder)
+    shard = next((folder / manifest.parent.name).glob("*.tar"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    return folder / manifest.parent.name / manifest.name
+
+
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.thorough] * (n in LONG)) for n in CASES])
 def test_a_run_of_replicas_has_the_numbers_of_one(manifest: Path, teacher: Path, tmp_path: Path, name: str) -> None:
     world, shard, sections = CASES[name]
     folders, sequence = (tmp_path / "one", tmp_path / "replicas"), sections.get("distributed", {}).get("sequence", 1)
+    if name == "damaged data":
+        manifest = _damaged(manifest, tmp_path / "data")
     for folder, ranks in zip(folders, (world, shard), strict=True):
         _start(_recipe(manifest, teacher, folder, sections, world=world), world, ranks, p=shard // sequence)
     one, replicas = (_numbers(folder) for folder in folders)
@@ -112,6 +125,9 @@ def test_a_run_of_replicas_has_the_numbers_of_one(manifest: Path, teacher: Path,
     measured = [[line["splits"] for line in read_validations(folder)] for folder in folders]
     assert len(measured[0]) == 4
     _require_alike(measured[1], measured[0], "validation")
+    masked = [[e["slots"] for e in read_events(folder) if e["event"] == "samples_masked"] for folder in folders]
+    assert masked[0] == masked[1]
+    assert bool(masked[0]) == (name == "damaged data")
     if name == "stages":
         assert sum("norms" in line for line in replicas) == STEPS
         assert [path.name for path in sorted((folders[1] / "timeline").glob("rank-*.json"))] == [
