@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -141,6 +142,22 @@ def test_the_damaged_slots_are_masked_and_no_other(fault: tuple[Path, list[int],
             else:
                 assert torch.equal(batch.tokens[row], truth.tokens[row])
                 assert torch.equal(batch.labels[row], truth.labels[row])
+
+
+def test_a_damaged_slot_is_reported_once_where_surplus_rows_repeat_it(
+    fault: tuple[Path, list[int], str, list[TokenBatch]],
+) -> None:
+    """Batches of one slot on two ranks of two rows: three of the four rows are surplus."""
+    folder, slots, *_ = fault
+    manifest = Manifest.load(folder / "manifest.json")
+    options: dict[str, Any] = {"seed": SEED, "batch_slots": 1, "world_size": 2, "on_corrupt_sample": "mask"}
+    streams = [TokenStream(manifest, rank=rank, rows=lambda _: 2, **options) for rank in range(2)]
+    ranks = [[batch for batch, _ in itertools.islice(stream, SEQUENCES)] for stream in streams]
+    assert [slot for batch in ranks[0] for slot, _ in batch.faults] == slots
+    assert not any(batch.faults for batch in ranks[1])
+    for one, other in zip(*ranks, strict=True):
+        assert (one.digests == one.digests[0]).all()
+        assert (other.digests == one.digests[0]).all(), "a surplus row has the tokens of its slot, masked or not"
 
 
 @pytest.mark.parametrize("policy", ["fail", "mask"])
