@@ -25,6 +25,11 @@ Where data and teacher are elsewhere:
 
   megadistill plan RECIPE --nodes 64 --gpu h100 --sequence-length 8192 --teacher-config DIR
 
+On several nodes a table has the ranks of a replica of the student
+(distributed.shard) to choose from, and the advised number. To take another:
+
+  megadistill plan RECIPE --nodes 64 --gpu h100 --set distributed.shard=64
+
 Exit code 2 also where no layout fits; the message then gives the missing memory, and settings that would help."""
 
 TIMELINE_EPILOG = """\
