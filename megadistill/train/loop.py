@@ -242,7 +242,7 @@ class Trainer:
         else:
             point.models[0].begin_again(topology, accumulation=setup.accumulation)
         self._student, self._teacher = point.models
-        torch.manual_seed(setup.recipe.run.seed + topology.rank)  # nothing draws today; a checkpoint holds its state
+        torch.manual_seed(setup.recipe.run.seed + topology.shard_rank)  # nothing draws today; saved once a shard
         if topology.is_first:
             write_run_files(setup)
             for warning in implausible_settings(setup).values():
