@@ -8,8 +8,17 @@ from torch._C._distributed_c10d import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-RING = {"allgather": 1, "allgather_base": 1, "reduce_scatter_base": 1, "allreduce": 2, "broadcast": 1, "barrier": 0}
-"""Times that a rank of a ring sends all of a collective's largest tensor but its own part; of a broadcast, the mean."""
+RING = {
+    "allgather": 1,
+    "allgather_base": 1,
+    "allreduce": 2,
+    "barrier": 0,
+    "broadcast": 1,
+    "reduce_scatter_base": 1,
+    "scatter": 1,
+}
+"""Times that a rank of a ring sends all of a collective's largest tensor but its own part. Where one rank sends to all,
+the mean of the ranks."""
 MESSAGES = {"send": 1, "recv": 0}
 """Times that a rank sends the tensor of a message to one other."""
 

@@ -120,8 +120,8 @@ def replicas(measurement: Measurement, name: str, size: Size) -> None:
         }
         for layout in layouts.values():
             layout(OURS)
-        times = rounds({each: partial(layout, OURS) for each, layout in layouts.items()}, report.repeats)
         counts = {each: {count: layout(count) for count in (CALLS, SENT)} for each, layout in layouts.items()}
+        times = rounds({each: partial(layout, OURS) for each, layout in layouts.items()}, report.repeats)
     table = report.table(
         f"replicas: {shape}", "replicas x ranks", "ms a step", f"to {first}", CALLS, "MB sent by a rank"
     )

@@ -1,4 +1,5 @@
-"""Collectives of a step over 1,536 ranks: how many, over which groups, how small; and a plan counts the same, each one.
+"""Collectives of a step over 1,536 ranks, and over 64 replicas of 64: how many, over which groups, how small; and a
+plan counts the same, each one.
 
 A rank of a world of torch's fake process group runs the run's own step with the real engine. Students have the layers,
 vocabularies and settings of the recipes in their proportions, so that as many layers stay gathered.
@@ -19,6 +20,7 @@ from megadistill.models.families import load_config
 from megadistill.plan.counts.model_stats import RecipeStats, measure_models
 from megadistill.plan.counts.sharding import Sharding
 from megadistill.plan.counts.step_collectives import (
+    ACROSS,
     CONTROL,
     GRADIENTS,
     SCALES,
@@ -30,7 +32,7 @@ from megadistill.plan.counts.step_collectives import (
 from megadistill.plan.counts.zero import Zero
 from megadistill.plan.layouts import Cluster, place
 from megadistill.plan.plan_input import PlanInput, read_plan_input
-from megadistill.student.deepspeed_config import load_deepspeed_config
+from megadistill.student.deepspeed_config import RANKS_OF_A_SMALL_WORLD, load_deepspeed_config
 from tests.paths import DS_CONFIGS, RECIPES, ROOT
 from tests.scale.fake_world import LOCAL_WORLD, build_student, in_fake_world, take_step
 
@@ -43,7 +45,12 @@ NUMBERS = 1024
 SMALLEST = 64 << 10
 """Bytes below which a collective over the world is mostly latency."""
 
-NAMES = {"allgather_base": "all-gather", "reduce_scatter_base": "reduce-scatter", "allreduce": "all-reduce"}
+NAMES = {
+    "allgather_base": "all-gather",
+    "reduce_scatter_base": "reduce-scatter",
+    "allreduce": "all-reduce",
+    "broadcast": "broadcast",
+}
 
 Calls = Counter[tuple[str, int, int]]
 """(kind, ranks of the group, bytes) of the calls."""
@@ -78,6 +85,7 @@ class Case:
     Attributes:
         stays: layers that stay gathered between the passes; None: all.
         bucket: layers whose gradients are reduced together.
+        replicas: of the student, on `ranks`.
     """
 
     deepspeed: str = "hpz.json"
@@ -88,10 +96,12 @@ class Case:
     accumulation: int = 1
     checkpointing: Checkpointing = "selective"
     sizes: dict[str, Any] = field(default_factory=dict)
+    ranks: int = WORLD
+    replicas: int = 1
 
     def __str__(self) -> str:
         parts = (self.deepspeed.removesuffix(".json"), self.family, f"{self.stays} stay", f"{self.accumulation} micro")
-        return ", ".join(parts)
+        return ", ".join((*parts, f"{self.replicas} x {self.ranks // self.replicas}"))
 
     @property
     def config(self) -> Any:
@@ -113,13 +123,13 @@ class Case:
 
     def planned(self) -> StepCollectives:
         """The plan's count."""
-        train = {"global_batch": self.accumulation * WORLD, "steps": 10, "micro_batch": 1, "precision": "bfloat16"}
+        train = {"global_batch": self.accumulation * self.ranks, "steps": 10, "micro_batch": 1, "precision": "bfloat16"}
         recipe = Recipe.model_validate(
             {
                 "objective": "labels",
                 "run": {"folder": "run"},
                 "data": {"manifest": "manifest.json"},
-                "student": {"config": {"model_type": "llama"}, "vocab_multiple": WORLD},
+                "student": {"config": {"model_type": "llama"}, "vocab_multiple": self.config.vocab_size},
                 "train": {**train, "optimizer": {"learning_rate": 1e-3}},
                 "loss": {"router_aux_loss_coef": 0.0} if "experts" in str(FAMILIES[self.family]) else {},
             }
@@ -132,7 +142,8 @@ class Case:
                 recipe,
                 RecipeStats(stats.student, None, TOKENS),
                 vocab_size=self.config.vocab_size,
-                ranks=WORLD,
+                ranks=self.ranks,
+                replicas=self.replicas,
                 ranks_per_node=LOCAL_WORLD,
                 group_size=LOCAL_WORLD,
                 zero=Zero.of(config),
@@ -147,6 +158,7 @@ def _calls(topology: Topology, case: Case) -> list[Collective]:
         case.config,
         deepspeed=case.deepspeed,
         settings=case.settings,
+        vocab_multiple=case.config.vocab_size,
         activation_checkpointing=case.checkpointing,
         accumulation=case.accumulation,
     )
@@ -158,7 +170,8 @@ def _calls(topology: Topology, case: Case) -> list[Collective]:
 
 def _counted(case: Case) -> Calls:
     """A run's calls. The numbers of a step have no fixed size, as a run adds its flags."""
-    calls = in_fake_world(WORLD, _calls, case)
+    first = case.ranks // case.replicas * (case.replicas // 2)  # of a replica in the middle
+    calls = in_fake_world(case.ranks, _calls, case, rank=first, replicas=case.replicas)
     return Counter(_call(NAMES[call.name], call.ranks, call.nbytes) for call in calls)
 
 
@@ -167,12 +180,14 @@ def _planned(collectives: StepCollectives) -> Calls:
 
 
 def _call(kind: str, ranks: int, nbytes: int) -> tuple[str, int, int]:
-    return kind, ranks, 0 if kind == "all-reduce" and ranks == WORLD and nbytes <= NUMBERS else nbytes
+    is_control = kind in ("all-reduce", "broadcast") and ranks > LOCAL_WORLD and nbytes <= NUMBERS
+    return kind, ranks, 0 if is_control else nbytes
 
 
 CASES = [
     Case(accumulation=2),
     Case("zero3.json", "llama"),
+    Case(accumulation=2, sizes={"vocab_size": 4096}, ranks=4096, replicas=64),
     *[
         pytest.param(case, marks=pytest.mark.thorough)
         for case in (
@@ -184,6 +199,8 @@ CASES = [
             Case("hpz.json", "qwen3_moe", accumulation=2),
             Case("zero3.json", "qwen3_moe", bucket=0.4),
             Case("zero3.json", stays=None),
+            Case("zero3.json", "llama", sizes={"vocab_size": 4096}, ranks=4096, replicas=64),
+            Case("hpz.json", "qwen3_moe", sizes={"vocab_size": 4096}, ranks=4096, replicas=32),
         )
     ],
 ]
@@ -193,11 +210,14 @@ CASES = [
 def test_a_plan_counts_every_collective_of_a_step(case: Case) -> None:
     planned = case.planned()
     assert _counted(case) == _planned(planned)
-    gathers = [call for call in planned if call.ranks == WORLD and call.purpose == WEIGHTS]
+    shard = case.ranks // case.replicas
+    assert max(call.ranks for call in planned) == max(shard, case.replicas)
+    gathers = [call for call in planned if call.ranks == shard and call.purpose == WEIGHTS]
     layer = 2 * min(measure_models(case.config, None, sequence_length=TOKENS).student.layer_parameters)
-    assert [call for call in gathers if call.nbytes < layer] == []
+    norms = [call for call in gathers if call.nbytes < layer]
+    assert norms == [] or shard <= RANKS_OF_A_SMALL_WORLD, "that gather the last norm by itself"
     once_a_step = load_deepspeed_config(DS_CONFIGS / case.deepspeed)["zero_optimization"].get("zero_hpz_partition_size")
-    assert len(gathers) <= (1 if once_a_step else 2 * case.accumulation) * (case.layers + 1)
+    assert len(gathers) - len(norms) <= (1 if once_a_step else 2 * case.accumulation) * (case.layers + 1)
 
 
 @pytest.mark.thorough
@@ -217,7 +237,8 @@ def test_no_collective_over_the_world_is_small_at_the_true_width(deepspeed: str)
 def test_the_recipes_collectives_over_the_world_are_few_and_large(
     name: str, deepspeed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The count equals a run's. Of the control calls there are three, and one for small parameters.
+    """With one copy of the student. The count equals a run's. Of the control calls there are three, and one for small
+    parameters.
 
     The layer at which `stage3_max_live_parameters` is reached is gathered by two calls, the second of which may be the
     layer's norms; compute hides it.
@@ -234,6 +255,20 @@ def test_the_recipes_collectives_over_the_world_are_few_and_large(
     assert sum(call.purpose == GRADIENTS for call in calls) <= 1 + 1.25 * run.reduced / run.zero.reduce_bucket_size
 
 
+@pytest.mark.parametrize("name", ["gemma2-27b-to-2b", "gemma2-27b-to-9b", "llama3-70b-to-8b"])
+def test_no_collective_of_the_recipes_has_more_ranks_than_a_replica_or_replicas(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    run = _recipe(name, "zero3", one_copy=False)
+    calls = list(count_collectives(run))
+    assert max(call.ranks for call in calls) == max(run.shard, run.replicas) <= 128
+    across = [call for call in calls if call.spans_world]
+    assert [call.purpose for call in across] == ["count of tokens", "numbers of the step", ACROSS]
+    assert {call.ranks for call in across} == {run.replicas}
+    assert across[-1].nbytes == 4 * run.partition_size, "float32"
+
+
 @cache
 def _inputs(name: str) -> PlanInput:
     teacher = {"gemma2": "gemma-2-27b", "llama3": "llama-3.1-70b"}[name.split("-")[0]]
@@ -241,7 +276,10 @@ def _inputs(name: str) -> PlanInput:
     return read_plan_input(RECIPES / name / "512-nodes.yaml", sequence_length=8192, teacher_config=folder)
 
 
-def _recipe(name: str, deepspeed: str) -> Sharding:
+def _recipe(name: str, deepspeed: str, *, one_copy: bool = True) -> Sharding:
     config = load_deepspeed_config(DS_CONFIGS / f"{deepspeed}.json")
     inputs = replace(_inputs(name), deepspeed_config=config)
+    if one_copy:
+        distributed = inputs.recipe.distributed.model_copy(update={"shard": None})
+        inputs = replace(inputs, recipe=inputs.recipe.model_copy(update={"distributed": distributed}))
     return place(inputs.recipe, inputs, Cluster(512, LOCAL_WORLD, accelerator("h100")))
