@@ -51,7 +51,7 @@ class Deaths:
 
 
 NO_DEATHS = Deaths()
-"""Of a run that each fault ends."""
+"""Value for a run that each fault ends."""
 
 
 def count_deaths(estimate: Estimate, restart: Mapping[str, float]) -> Deaths:
