@@ -11,6 +11,7 @@ a replica, so that those of a pipeline's stage do too.
 
 import os
 import secrets
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -290,6 +291,9 @@ def _node_relay(launch: Launch, store: Store) -> Relay | RelayClient | None:
 
 
 def _lost_peer(watchdog: Watchdog, error: BaseException) -> RestartFault:
+    with suppress(ValueError):  # another thread than the main one
+        # A launcher ends the peers of a dead rank at once, and this one needs seconds to learn which it was.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     lost = watchdog.lost_rank() or "see the log of the rank that failed first"
     reason = f"lost another rank in a collective: {lost} ({str(error).splitlines()[0]})"
     fault = RestartFault(reason)
