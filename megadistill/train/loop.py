@@ -21,6 +21,7 @@ from megadistill.distributed.groups.guard import ReplicasChanged
 from megadistill.distributed.members import Members
 from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault, RestartFault, UserError
+from megadistill.events import last_step
 from megadistill.timeline.clock import clock_for
 from megadistill.timeline.stopwatch import Stopwatch
 from megadistill.tracking.process import CLOSE_SECONDS, STOP_SECONDS, TrackerProcesses
@@ -331,10 +332,9 @@ class Trainer:
             timeline_capture = stack.enter_context(TimelineCapture(setup, topology))
             profile = stack.enter_context(ProfileCapture(setup, topology))
             validation = None if validations is None else self._validation(validations, batches, log)
-            if self._point.is_unsaved:
-                self._save(stream.start, last=self.step >= last)
             first_slot = stream.start.next_slot
             hooks = self._hooks(log, monitor, ProfiledSteps(profile), first_slot=first_slot, validation=validation)
+            self._make_up(hooks, stream.start, last=self.step >= last)
             seconds = setup.recipe.resilience.step_timeout_seconds
             limit = max(60 * setup.recipe.distributed.timeout_minutes, seconds)  # the first step compiles
             if validation is not None:
@@ -350,7 +350,8 @@ class Trainer:
                 self._enter_phase("step", limit=limit)
                 limit = seconds
                 event = self._take_step(batches, stream)
-                self._point.reached(self.step, event.cursor, self._recovery.tokens)
+                due = self.step % setup.recipe.train.checkpoint_every == 0
+                self._point.took(event, self._recovery.tokens, is_due=due)
                 requests = set()
                 for hook in hooks:
                     request = hook.after_step(event)
@@ -368,9 +369,22 @@ class Trainer:
                     return self._stopped(unvalidated or stop_reason(event.outcome.flags))
                 if Request.FINISH in requests and self.step < last:
                     return self._finished_early()
+                self._point.is_unsaved = False
                 if changes:
                     raise ReplicasChanged
             return self._ended()
+
+    def _make_up(self, hooks: Sequence[Hook], cursor: Cursor, *, last: bool) -> None:
+        """What the last step lacks, where replicas were lost behind it: its line in the log, a save. Collective."""
+        point, topology = self._point, self._topology
+        if point.event is not None:
+            logged = last_step(self._setup.folder) if topology.is_first else None
+            if broadcast_object(logged, topology.world_group) != point.event.step:
+                for hook in hooks:
+                    if isinstance(hook, StepLog):
+                        hook.after_step(point.event)
+        if point.is_unsaved:
+            self._save(cursor, last=last)
 
     def _validations(self) -> ValidationPlan | None:
         """The validations of an attempt that begins after the current step; None without them. Collective."""

@@ -11,6 +11,7 @@ from megadistill.distributed.members import Epoch
 from megadistill.distributed.topology import Topology
 from megadistill.student.engine import StudentEngine
 from megadistill.train.checkpoint.format import ParentRecord
+from megadistill.train.hooks.hook import StepEvent
 from megadistill.train.teacher.protocol import Teacher
 from megadistill.types import Cursor
 
@@ -33,12 +34,19 @@ class ResumePoint:
     tokens: int = 0
     """Tokens of all steps."""
     parents: tuple[ParentRecord, ...] = ()
+    event: StepEvent | None = None
+    """The last step, as a replica that took it has it for the log."""
     is_unsaved: bool = False
-    """Whether a save was under way that no longer is."""
+    """Whether a save is due, or was under way, that no longer is."""
+
+    def took(self, event: StepEvent, tokens: int, *, is_due: bool) -> None:
+        """The student has taken a step. `is_due`: for a save."""
+        self.reached(event.step, event.cursor, tokens)
+        self.event, self.is_unsaved = event, is_due
 
     def reached(self, steps: int, cursor: Cursor | None, tokens: int) -> None:
         """The student has taken these steps, in all."""
-        self.steps, self.cursor, self.tokens = steps, cursor, tokens
+        self.steps, self.cursor, self.tokens, self.event, self.is_unsaved = steps, cursor, tokens, None, False
 
     def lose_state(self) -> None:
         """The student's state is about to be replaced."""
@@ -57,11 +65,11 @@ class ResumePoint:
         """
         assert self.epoch is not None, "the replicas of this run end together"
         source, group = self.epoch.furthest, topology.world_group
-        values = (self.steps, self.cursor, self.tokens, self.parents, self.is_unsaved)
+        values = (self.steps, self.cursor, self.tokens, self.parents, self.event, self.is_unsaved)
         values = broadcast_object(values, group, source=source * topology.shard_world)
         if self.epoch.needs_state:
             assert isinstance(group, RunGroup)
             if topology.replica != source:
                 self.lose_state()
             student.state.receive(group, source=source)
-        self.steps, self.cursor, self.tokens, self.parents, self.is_unsaved = values
+        self.steps, self.cursor, self.tokens, self.parents, self.event, self.is_unsaved = values

@@ -68,6 +68,8 @@ def _at_step(faults: list[str]) -> Iterator[Callable[[], None]]:
         name, _, number = fault.partition(":")
         if name == "slow":
             yield partial(time.sleep, int(number) / 1000)
+        elif name == "gated":
+            yield _at_gate
         elif name == "stuck" and int(number) == STEP:
             yield _stuck
         elif name == "crawl" and int(number) <= STEP:
@@ -78,6 +80,12 @@ def _at_step(faults: list[str]) -> Iterator[Callable[[], None]]:
             yield partial(os.kill, os.getpid(), signal.SIGSTOP)
         elif name == "late" and int(number) == STEP:
             yield _hours_pass
+
+
+def _at_gate() -> None:
+    """Waits until the file DRILL_GATE has the number of this step, or a higher one."""
+    while int(Path(os.environ["DRILL_GATE"]).read_text(encoding="ascii")) < STEP:
+        time.sleep(0.01)
 
 
 def _stuck() -> None:
