@@ -47,6 +47,7 @@ start_store() {
     exec "${STORE_SERVER[@]}" --port "$MASTER_PORT" >"$LOGS/store.log" 2>&1
   ) &
   STORE_PID=$!
+  disown "$STORE_PID" # bash would report its end in the log
   export MEGADISTILL_STORE=$SLURMD_NODENAME:$MASTER_PORT
   for _ in {1..240}; do
     kill -0 "$STORE_PID" 2>/dev/null || break

@@ -85,7 +85,7 @@ class Work:
             variables = {**ranks_and_sizes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             env = {**environment(), **{key: str(value) for key, value in variables.items()}}
             ranks.append(subprocess.Popen(["bash", "-c", line], cwd=ROOT, env=env, stdout=subprocess.DEVNULL))
-        assert [rank.wait(timeout=180) for rank in ranks] == [0] * world
+        assert [rank.wait(timeout=400) for rank in ranks] == [0] * world
 
 
 @pytest.fixture(scope="session")

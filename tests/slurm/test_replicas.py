@@ -12,7 +12,7 @@ from tests.slurm.conftest import STEPS, Work, overrides
 BEFORE, ROUNDING = 25, 1e-3
 """A step that has passed when the node is lost; losses of two layouts of ranks differ by less."""
 
-LONG = {"train.global_batch": 256}
+LONG = {"train.global_batch": 128}
 """Steps that take so long that a replacement joins before the last one."""
 
 SEPARATE = {"distributed.vocab_group": 1, "distributed.min_replicas": 1}
@@ -45,13 +45,14 @@ def _in_a_save(job: Job) -> None:
 def test_a_node_loses_its_power_in_a_save_and_the_others_go_on(
     cluster: Cluster, work: Work, settings: dict[str, str]
 ) -> None:
-    job = cluster.submit("replicas", work.folder / "replicas", "--nodes=3", **settings, SPARES="1")
+    options = ("--nodes=3", "--signal=B:USR2@60")  # the notice comes after nine minutes
+    job = cluster.submit("replicas", work.folder / "replicas", *options, **settings, SPARES="1")
     job.says("start 1 on n1 n2")
     _in_a_save(job)
     cluster.node("crash", "n2")
     try:
         job.says("replica 1 starts again on n3")
-        job.ends(180)
+        job.ends(400)
     finally:
         cluster.node("start", "n2")
     assert (job.folder / "DONE").exists(), job.transcript()
