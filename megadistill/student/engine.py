@@ -149,7 +149,7 @@ class StudentEngine:
         _release_early(decoder(model).embed_tokens)
         if topology.shard_world > RANKS_OF_A_SMALL_WORLD:
             keep_gathered(self._engine.optimizer, decoder(model).norm)
-        flat_step = FlatStep.install(self._engine.optimizer, topology)
+        self._flat_step = flat_step = FlatStep.install(self._engine.optimizer, topology)
         self.norms: StepNorms | None = None
         """Norms by layer, of the steps that they are requested for; None with an optimizer on NVMe."""
         if flat_step is not None:
@@ -214,6 +214,18 @@ class StudentEngine:
             group["lr"] = learning_rate
         self._engine.step()
         return float(self._engine.get_global_grad_norm()) if boundary else None
+
+    def begin_again(self, topology: Topology, *, accumulation: int) -> None:
+        """Drops what was accumulated since the last step. `topology` and `accumulation`: of the steps from now on.
+
+        With replicas that come and go, which an optimizer on NVMe is refused with.
+        """
+        assert self._flat_step is not None, "the optimizer's step is DeepSpeed's"
+        self._topology = topology
+        self._flat_step.begin_again(topology)
+        self.head.drop_gradient()
+        self._engine._config.gradient_accumulation_steps = accumulation
+        self._engine.micro_steps = 0
 
     def begin_entry(self, config: Any, *, accumulation: int) -> None:
         """Takes the steps of another shape from now on. Call it between two steps.

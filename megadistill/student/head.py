@@ -68,6 +68,10 @@ class StudentHead:
             self._gradient = WeightGradient(memory)
         return self._gradient
 
+    def drop_gradient(self) -> None:
+        """Ends the window without a step: its gradient is lost."""
+        self._gradient, self._weight = None, None
+
     @torch.no_grad()
     def flush_gradient(self) -> None:
         """Ends the window: its gradient is in ZeRO-3's partition, for its norm, clipping and optimizer step.

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from megadistill.config.recipe import OptimizerSection
+from megadistill.distributed.collectives import RunGroup, broadcast_across
 from megadistill.student.optimizer import MASTER, OPTIMIZERS, state_kinds
 
 STEP_KEY = "optimizer_step"
@@ -105,6 +106,27 @@ class StudentState:
         steps = read(STEP_KEY, 0, 1).reshape(())
         for flat in self._zero.fp32_partitioned_groups_flat:
             self._optimizer.state[flat]["step"] = steps.to(flat.device, copy=True)
+        self._refresh_copies()
+        self.has_values = True
+
+    @torch.no_grad()
+    def receive(self, group: RunGroup, *, source: int) -> None:
+        """Takes the state of replica `source`, whose ranks send theirs. Collective over all ranks.
+
+        Raises:
+            ReplicasChanged: a replica is lost; the state of those that receive is void.
+        """
+        if not self.has_values:
+            self._reset()
+        zero = self._zero
+        flats = zero.fp32_partitioned_groups_flat
+        kinds = [kind for kind in self._kinds if kind != MASTER]
+        states = [self._optimizer.state[flat] for flat in flats]
+        tensors = [flat.detach() for flat in flats] + [state[kind] for state in states for kind in (*kinds, "step")]
+        broadcast_across(tensors, group, source=source)
+        for master, compute in zip(flats, zero.fp16_partitioned_groups_flat, strict=True):
+            if compute.data_ptr() != master.data_ptr():
+                compute.copy_(master)
         self._refresh_copies()
         self.has_values = True
 

@@ -36,6 +36,8 @@ def students_of(recipe: Recipe, launch: Launch) -> tuple[Roles | None, Launch]:
         UserError: the ranks cannot be divided as the recipe says.
     """
     teacher = recipe.teacher
+    if launch.separate is not None:
+        _refuse_with_separate_replicas(recipe)
     if teacher is None or teacher.placement == "colocated":
         return None, launch
     assert teacher.ranks is not None
@@ -49,10 +51,27 @@ def students_of(recipe: Recipe, launch: Launch) -> tuple[Roles | None, Launch]:
             f"teacher.ranks is {teacher.ranks}, but this run has {number_of(launch.world, 'process', 'processes')}, "
             f"and the student needs some: start it on more ranks, or, to try it here, {overrides} "
             f"--set distributed.vocab_group={launch.world}"
+            + ("" if recipe.distributed.shard is None else " --set distributed.shard=null")
         )
     roles = Roles(launch.world, teacher.ranks, teacher.stages or teacher.ranks)
     local = min(launch.local_world, roles.students)
     return roles, Launch(launch.rank % roles.students, roles.students, launch.local_rank, local)
+
+
+def _refuse_with_separate_replicas(recipe: Recipe) -> None:
+    """Refuses what belongs to fixed ranks, where replicas are launches of their own, which come and go."""
+    teacher, reason = recipe.teacher, ""
+    if teacher is not None and teacher.placement == "disaggregated":
+        reason = "teacher.placement disaggregated: the teacher's own ranks serve a fixed number of the student's"
+    elif teacher is not None and teacher.save_targets is not None:
+        reason = "teacher.save_targets: each rank stores the targets of its own rows"
+    elif recipe.checkpoint.local is not None:
+        reason = "checkpoint.local: a lost replica gets its state from a living one, and the ranks of nodes change"
+    if reason:
+        raise UserError(
+            f"{reason}. That is not possible with replicas that are launches of their own (MEGADISTILL_REPLICA): "
+            "leave it out, or start all replicas as one launch, with distributed.shard"
+        )
 
 
 def replica_of(recipe: Recipe, students: Launch) -> tuple[Launch, int]:

@@ -59,6 +59,7 @@ MAY_CHANGE = (
     "train.micro_batch",
     "distributed.timeout_minutes",
     "distributed.shard",
+    "distributed.min_replicas",
     "distributed.vocab_group",
     "distributed.sequence",
     "loss.logit_memory_mb",
