@@ -16,8 +16,10 @@ if [ -z "${STORE_SERVER+set}" ]; then
   STORE_SERVER=("${MEGADISTILL[@]:0:${#MEGADISTILL[@]}-1}" megadistill.distributed.store_server)
 fi
 
-# require_replicas: ends this job if its nodes are no whole number of replicas.
+# require_replicas: ends this job if its nodes are no whole number of replicas. One that is requeued without a lost node
+# has what is left.
 require_replicas() {
+  [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || return 0
   local nodes=$((SLURM_JOB_NUM_NODES - SPARES))
   if [ $((nodes % ${REPLICA_NODES:?nodes of a replica: set it in slurm/env.sh})) != 0 ] || [ "$nodes" -lt 1 ]; then
     log "$SLURM_JOB_NUM_NODES nodes without SPARES=$SPARES are no multiple of REPLICA_NODES=$REPLICA_NODES"
@@ -31,7 +33,8 @@ job_nodes() { # without those that Slurm has taken out of the job: a lost node t
 
 # replicas_on_nodes COMMAND...: as many replicas as the usable nodes are enough for, at least MIN_REPLICAS.
 replicas_on_nodes() {
-  local usable want=$((SLURM_JOB_NUM_NODES - SPARES))
+  local usable want=$(((SLURM_JOB_NUM_NODES - SPARES + REPLICA_NODES - 1) / REPLICA_NODES * REPLICA_NODES))
+  [ "$want" -le "$SLURM_JOB_NUM_NODES" ] || want=$((want - REPLICA_NODES))
   COMMAND=("$@")
   mapfile -t usable < <(usable_nodes "$(job_nodes)" "$want")
   REPLICAS=$((${#usable[@]} / REPLICA_NODES))

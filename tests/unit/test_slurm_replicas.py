@@ -137,6 +137,12 @@ def test_nodes_are_a_whole_number_of_replicas(job: ReplicaJob) -> None:
     assert re.search("5 nodes without SPARES=0 are no multiple of REPLICA_NODES=2", log)
 
 
+def test_a_job_that_is_requeued_without_its_lost_node_has_as_many_replicas(job: ReplicaJob) -> None:
+    code, log = job.run("finish", spares=1, settings="SLURM_RESTART_COUNT=1")
+    assert code == 0, log
+    assert [start.nodes for start in job.starts()] == ["n1,n2", "n3,n4"]
+
+
 def test_a_store_that_does_not_start_is_named(job: ReplicaJob) -> None:
     code, log = job.run("finish", settings="STORE_SERVER=(bash -c 'echo the port is taken >&2')")
     assert (code, job.starts()) == (4, [])
