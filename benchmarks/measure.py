@@ -152,7 +152,7 @@ def ranks(
     `make(topology, *arguments)`, at the top level of its module, gives each rank its runs by name.
     `vocab_group`: ranks of a vocab group; None: all. `replicas`: of the student.
     """
-    groups = {"vocab_group": vocab_group or world, "replicas": replicas}
+    groups: dict[str, Any] = {"vocab_group": vocab_group or world, "replicas": replicas}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -192,7 +192,7 @@ def _serve(
     world: int,
     port: int,
     pipe: Connection,
-    groups: Mapping[str, int],
+    groups: Mapping[str, Any],
     make: Callable[..., Mapping[str, Run]],
     arguments: tuple[Any, ...],
 ) -> None:

@@ -77,8 +77,7 @@ across_replicas: list[list[int]] = []
 def _fake_backend(store: Any, place: int, members: Sequence[int], timeout: timedelta, **where: Any) -> Any:
     """In place of the backend of a group across replicas."""
     across_replicas.append(list(members))
-    make: Any = FakeProcessGroup._create_internal
-    return make(place, len(members), FakeProcessGroup.Options())
+    return FakeProcessGroup._create_internal(place, len(members))
 
 
 def in_fake_world(

@@ -1,21 +1,24 @@
 """benchmarks.collective_calls: the calls of a process group of one rank, and what a ring of several would send."""
 
+from typing import Any, cast
+
 import pytest
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import FakeProcessGroup
+from torch._C._distributed_c10d import FakeProcessGroup, HashStore
 
 from benchmarks.collective_calls import Collective, Collectives
 
 
 def _group(ranks: int, name: str) -> dist.ProcessGroup:
     """A group whose collectives move nothing."""
-    make = FakeProcessGroup._create_internal  # type: ignore[attr-defined]
-    group = dist.ProcessGroup(None, 0, ranks)  # type: ignore[call-overload]
-    group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, make(0, ranks))
+    group: Any = dist.ProcessGroup(HashStore(), 0, ranks)
+    group._register_backend(
+        torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, FakeProcessGroup._create_internal(0, ranks)
+    )
     group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
     group._set_group_name(name)
-    return group
+    return cast(dist.ProcessGroup, group)
 
 
 def test_calls_are_recorded_with_their_group_and_bytes() -> None:
