@@ -18,8 +18,10 @@ NO_BREAK = "\N{NO-BREAK SPACE}"
 ERASE_LINE = "\r\x1b[2K"
 
 
-def configure(rank: int) -> None:
+def configure(rank: int, *, replica: str | None = None) -> None:
     """Sends log lines to the terminal: warnings and errors of all ranks to stderr, INFO of rank 0 to stdout.
+
+    `replica`: its number, where this process is one of a replica that is a launch of its own.
 
     From here on the records of every library are `_Record`s, whoever prints them.
     """
@@ -27,8 +29,8 @@ def configure(rank: int) -> None:
     for former in PACKAGE.handlers[:]:
         PACKAGE.removeHandler(former)
         former.close()
-    handler = _TerminalHandler(rank)
-    handler.setFormatter(_Formatter(rank))
+    handler = _TerminalHandler(rank, replica)
+    handler.setFormatter(_Formatter(rank, replica))
     PACKAGE.addHandler(handler)
     PACKAGE.setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
@@ -69,8 +71,9 @@ class _PrintableValue:
 class _Formatter(logging.Formatter):
     """`2026-11-28 19:30:00,123 INFO rank 0 megadistill.train.loop: MESSAGE`, without secrets."""
 
-    def __init__(self, rank: int) -> None:
-        super().__init__(f"%(asctime)s %(levelname)s rank {rank} %(name)s: %(message)s")
+    def __init__(self, rank: int, replica: str | None = None) -> None:
+        whose = f"rank {rank}" if replica is None else f"replica {replica} rank {rank}"
+        super().__init__(f"%(asctime)s %(levelname)s {whose} %(name)s: %(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
         return without_secrets(super().format(record))
@@ -82,13 +85,13 @@ class _TerminalFormatter(logging.Formatter):
     A message that does not fit into a line goes on in the next one, indented, between two words or two `|`.
     """
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, replica: str | None = None) -> None:
         super().__init__("%(asctime)s %(message)s", datefmt="%H:%M:%S")
-        self._rank = rank
+        self._whose = f"{f'replica {replica} ' * (replica is not None)}{f'rank {rank} ' * (rank != 0)}"
 
     def format(self, record: logging.LogRecord) -> str:
         level = f"{record.levelname} " if record.levelno != logging.INFO else ""
-        rank = f"rank {self._rank}: " if self._rank else ""
+        rank = f"{self._whose.rstrip()}: " if self._whose else ""
         head, *rest = without_secrets(super().format(record)).split("\n")
         time, _, message = head.partition(" ")
         width = get_terminal_size().columns - 1  # a full line would wrap where a terminal leaves no space for the end
@@ -123,10 +126,10 @@ class _TerminalHandler(_QuietOnOsError):
     On a terminal lines are short, and fit its width; elsewhere (a file, a pipe) they are those of log.txt.
     """
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, replica: str | None = None) -> None:
         super().__init__()
         self._rank = rank
-        self._short = _TerminalFormatter(rank)
+        self._short = _TerminalFormatter(rank, replica)
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout

@@ -17,7 +17,7 @@ from megadistill.cli import data, evaluate, init, models, plan, track, train
 from megadistill.cli.common import EXIT_CODES, HelpFormatter
 from megadistill.cli.interrupt import Interrupts
 from megadistill.cli.parser import Parser
-from megadistill.distributed.launch import environment_local_rank, environment_rank
+from megadistill.distributed.launch import environment_local_rank, environment_rank, environment_replica
 from megadistill.errors import OperatorFault, RankUserError, RestartFault, UserError
 from megadistill.outputs import one_line
 from megadistill.redaction import printable_line, printable_lines
@@ -65,7 +65,7 @@ def _has_recorded_profile() -> bool:
 def run_command(arguments: Sequence[str], interrupts: Interrupts | None = None) -> int:
     """Runs one command and returns its exit code. Errors for people are one line without a traceback."""
     on_interrupt = ""
-    logs.configure(environment_rank())
+    logs.configure(environment_rank(), replica=environment_replica())
     prints = environment_local_rank() == 0  # the same error on all ranks of a node: print it once
     try:
         if not arguments:

@@ -105,6 +105,8 @@ def _train(options: argparse.Namespace) -> int:
             error.add_note(how_to_resume(folder, command, after_fault=not isinstance(error, RestartFault)))
         raise
     if outcome is None:  # a rank of the teacher's own, or a replica that came when the run had ended
+        if launch.separate is not None and first_rank:
+            say(f"{folder}: the run had ended when this replica came")
         return 0
     if first_rank:
         say(f"{folder}: {_outcome_line(outcome, recipe, options, command)}")

@@ -34,6 +34,12 @@ def environment_local_rank() -> int:
     return _number("LOCAL_RANK", "SLURM_LOCALID")
 
 
+def environment_replica() -> str | None:
+    """The number of this process's replica, where that is a launch of its own: MEGADISTILL_REPLICA."""
+    number = os.environ.get("MEGADISTILL_REPLICA")
+    return None if number is None else printable(number)[:10]
+
+
 def _number(launcher: str, slurm: str) -> int:
     value = os.environ.get(launcher) or (os.environ.get(slurm) if "SLURM_STEP_ID" in os.environ else None) or "0"
     return int(value) if value.isdigit() else 0

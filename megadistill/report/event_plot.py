@@ -19,6 +19,7 @@ MARKS = {
     "attempt_started": ">",
     "resumed": "o",
     "branched": "1",
+    "replicas_changed": "$r$",
     "recipe_changed": "p",
     "curriculum_entry": "$e$",
     "checkpoint_saved": "|",

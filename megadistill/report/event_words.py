@@ -16,6 +16,7 @@ MEANINGS = {
     "attempt_started": "the command was started",
     "resumed": "training began, or continued from a checkpoint",
     "branched": "the run began from a checkpoint of another run",
+    "replicas_changed": "a replica of the student was lost, or joined, and the run went on with those that were there",
     "recipe_changed": "the run continued with another recipe, which leaves the steps before as they are",
     "curriculum_entry": "steps took the sequence length, batch and rotary embeddings of a curriculum entry",
     "checkpoint_saved": "weights, optimizer and position were written; a later start continues from there",
@@ -270,6 +271,17 @@ def _entry(event: Event) -> str:
     return _with(f"curriculum entry {known.get('entry', '?')} from step {event.step:,} on", parts)
 
 
+def _replicas(event: Event) -> str:
+    values, parts = event.values, []
+    for kind in ("lost", "joined"):
+        if isinstance(numbers := values.get(kind), list) and numbers:
+            parts.append(f"{', '.join(map(text, numbers[:MAX_LISTED]))} {kind}")
+    count, seconds = number(values.get("replicas")), number(values.get("seconds"))
+    parts += [f"after {spell(seconds)}"] if seconds == seconds else []
+    known = number_of(int(count), "replica") if count == count else "other replicas"
+    return _with(f"went on from step {event.step:,} with {known}", parts)
+
+
 def _failed(event: Event) -> str:
     rank, code = (number(event.values.get(name)) for name in ("rank", "exit_code"))
     where = f" on rank {int(rank):,}" if rank >= 0 else ""
@@ -281,6 +293,7 @@ def _failed(event: Event) -> str:
 _ONE: Mapping[str, Callable[[Event], str]] = {
     "attempt_started": _started,
     "branched": lambda event: f"began from step {event.step:,} of {text(event.values.get('run'))}",
+    "replicas_changed": _replicas,
     "recipe_changed": _recipe_changed,
     "curriculum_entry": _entry,
     "checkpoint_failed": lambda event: f"checkpoint at step {event.step:,} not written{_because(event)}",

@@ -16,7 +16,17 @@ from tests.drill.cases import CASES, CaseResult
 from tests.drill.launch import left_over
 from tests.drill.place import Place
 
-QUICK = ("node-lost", "kill-in-save", "flipped", "usr2", "nan", "zombie", "second-start")
+QUICK = (
+    "node-lost",
+    "kill-in-save",
+    "flipped",
+    "usr2",
+    "nan",
+    "zombie",
+    "second-start",
+    "replica-across",
+    "replica-first",
+)
 
 
 def main() -> int:
