@@ -92,7 +92,7 @@ def _train(options: argparse.Namespace) -> int:
         return 0
     launch = Launch.from_environment()
     # A replica that is a launch of its own may join the run: it learns whether it is running from the others.
-    after = None if options.take_over or launch.separate is not None else refuse_running(folder)
+    after = None if options.take_over else 0 if launch.separate is not None else refuse_running(folder)
     command = None if launch.world > 1 or launch.separate is not None else _resuming_command(options)
     from megadistill.train.loop import train
 

@@ -146,7 +146,7 @@ class Members:
     def _next_epoch(self, steps: int) -> Epoch | None:
         number = None if self._epoch is None else self._epoch.number + 1
         while True:
-            record = broadcast_object(self._decided(number, steps) if self._leads else None, self._alone.shard_group)
+            record = broadcast_object(self._led(number, steps) if self._leads else None, self._alone.shard_group)
             assert record is not None
             if "ended" in record:
                 return None
@@ -187,6 +187,13 @@ class Members:
                 self._across.abort()
 
     # The decision
+
+    def _led(self, number: int | None, steps: int) -> dict[str, Any]:
+        try:
+            return self._decided(number, steps)
+        except (RuntimeError, dist.DistError) as error:
+            why = printable(str(error).splitlines()[0])[:200]
+            return {"problem": f"the store of the replicas at {printable(self._separate.store)} is gone ({why})"}
 
     def _decided(self, number: int | None, steps: int) -> dict[str, Any]:
         """The leader: the record of the next epoch; of one that joins, the first that it is a member of."""

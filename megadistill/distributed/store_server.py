@@ -24,10 +24,12 @@ def main() -> None:
     except RuntimeError as error:
         sys.exit(f"store: port {port} cannot be listened at: {str(error).splitlines()[0]}")
     print(f"store: listening at port {store.port}", flush=True)
-    signal.sigwait({signal.SIGTERM, signal.SIGINT})
+    while True:
+        signal.pause()
 
 
 if __name__ == "__main__":
     for each in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(each, lambda *_: sys.exit(0))
+        if signal.getsignal(each) is not signal.SIG_IGN:  # a batch script has it outlive the ranks, which save first
+            signal.signal(each, lambda *_: sys.exit(0))
     main()

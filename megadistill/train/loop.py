@@ -18,6 +18,7 @@ from megadistill.data import TokenStream
 from megadistill.data.stream.segments import steps_to
 from megadistill.distributed.collectives import all_reduce_sum, broadcast_object
 from megadistill.distributed.groups.guard import ReplicasChanged
+from megadistill.distributed.launch import SeparateReplica
 from megadistill.distributed.members import Members
 from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault, RestartFault, UserError
@@ -116,28 +117,41 @@ def train(recipe: Recipe, *, stop_after: int | None = None, after: int | None = 
             with ignore_stop_signals(topology.rank), capture_teacher_server(setup, topology):
                 run_teacher_server(setup, topology)
             return None
-        return run(setup, topology, stop_after, after)
+        if setup.separate is None:
+            return run(setup, topology, stop_after, after)
+        return _run_separate(setup, topology, setup.separate, stop_after, takes_over=after is None)
 
 
-def run(setup: Setup, topology: Topology, stop_after: int | None, after: int | None = None) -> RunOutcome | None:
-    """Trains on process groups that exist. Collective; see `train`.
+def run(setup: Setup, topology: Topology, stop_after: int | None, after: int | None = None) -> RunOutcome:
+    """Trains on process groups that exist. Collective; see `train`."""
+    with _stop_requests(setup, topology) as stops:
+        outcome = _attempt(setup, topology, stops, ResumePoint(), stop_after, after)
+        stops.acknowledge()
+    return outcome
 
-    None: the run that this replica was to join has ended.
+
+def _stop_requests(setup: Setup, topology: Topology) -> StopRequests:
+    minutes = setup.recipe.run.time_limit_minutes
+    return StopRequests(setup.folder, rank=topology.rank, first=topology.is_first, minutes=minutes)
+
+
+def _run_separate(
+    setup: Setup, alone: Topology, separate: SeparateReplica, stop_after: int | None, *, takes_over: bool
+) -> RunOutcome | None:
+    """Trains as one of the replicas that are launches of their own. Collective over it.
+
+    None: the run that it was to join has ended.
     """
-    minutes, separate = setup.recipe.run.time_limit_minutes, setup.separate
-    with StopRequests(setup.folder, rank=topology.rank, first=topology.is_first, minutes=minutes) as stops:
-        if separate is None:
-            outcome: RunOutcome | None = _attempt(setup, topology, stops, ResumePoint(), stop_after, after)
-        else:
-            members = Members(separate, topology, minimum=setup.recipe.distributed.min_replicas)
-            outcome = _epochs(setup, topology, stops, members, stop_after)
+    with _stop_requests(setup, alone) as stops:
+        members = Members(separate, alone, minimum=setup.recipe.distributed.min_replicas)
+        outcome = _epochs(setup, alone, stops, members, stop_after, takes_over=takes_over)
         if outcome is not None:
             stops.acknowledge()
     return outcome
 
 
 def _epochs(
-    setup: Setup, alone: Topology, stops: StopRequests, members: Members, stop_after: int | None
+    setup: Setup, alone: Topology, stops: StopRequests, members: Members, stop_after: int | None, *, takes_over: bool
 ) -> RunOutcome | None:
     """An attempt for each epoch of the run's replicas, with the models that are in memory. See `members`."""
     point, ended = ResumePoint(), False
@@ -151,7 +165,7 @@ def _epochs(
                 return None
             topology = point.epoch.topology
             stops.first, own = topology.is_first, setup.with_replicas(topology.replicas)
-            after = _free_folder(own, topology) if point.epoch.number == 1 else None
+            after = None if takes_over or point.epoch.number > 1 else _free_folder(own, topology)
             stops.somebody_waits = lambda: members.somebody_waits
             try:
                 outcome = _attempt(own, topology, stops, point, stop_after, after)

@@ -299,6 +299,26 @@ def minimum(place: Place) -> CaseResult:
     return compare(place, name, seconds=seconds)
 
 
+@case("replica-store", "the store in which replicas meet is lost: the run stops for a restart")
+def store(place: Place) -> CaseResult:
+    name, changes = "replica-store", settings(distributed__vocab_group=1)
+    with Replicas(place, name, 2, 1, changes) as replicas:
+        replicas.open_gate(AT)
+        both = [replicas.start(replica) for replica in range(2)]
+        replicas.until_step(AT - 1)
+        replicas.store.kill()
+        replicas.store.wait()
+        replicas.open_gate(STEPS)
+        began = time.monotonic()
+        assert [each.wait(60) for each in both] == [[RESTART], [RESTART]], replicas.output
+        assert "the store of the replicas at 127.0.0.1" in replicas.output, replicas.output
+        seconds = since(began)
+    with Replicas(place, name, 2, 1, changes) as replicas:
+        both = [replicas.start(replica) for replica in range(2)]
+        assert [each.wait(120) for each in both] == [[0], [0]], replicas.output
+    return compare(place, name, seconds=seconds)
+
+
 LOSSES, STEPS_OF_TEN = 10, 60
 
 
