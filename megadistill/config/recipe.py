@@ -211,8 +211,8 @@ class DistributedSection(Section):
     """Ranks over which ZeRO-3 shards a copy of the student. The student's ranks hold as many copies (replicas) as that
     fits into them, whose gradients are added up before each optimizer step. None: all of them share one."""
     min_replicas: int = Field(default=1, ge=1, le=MAX_RANKS)
-    """The fewest replicas with which a run goes on whose replicas are launches of their own: with fewer it stops for a
-    restart."""
+    """The fewest replicas with which a run continues whose replicas are launches of their own: with fewer it stops for
+    a restart."""
     vocab_group: int | None = Field(default=None, ge=1, le=MAX_RANKS)
     """Ranks that share the vocabulary and hold one teacher stage each; by default the ranks of a node, over `sequence`
     where that divides them."""

@@ -44,7 +44,7 @@ class RunGroup:
     """The ranks with this one's place in their replicas."""
     device: torch.device
     guard: Guard | None = None
-    """Of replicas that may be lost; None: a lost one ends the run."""
+    """Guard of replicas that may be lost; None: a lost one ends the run."""
 
     def finish(self, start: Callable[[], dist.Work | None]) -> bool:
         """Waits for a collective across, as `Guard.finish` does; without a guard its failure is raised."""

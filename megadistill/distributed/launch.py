@@ -96,7 +96,7 @@ class Launch:
     local_rank: int
     local_world: int
     separate: SeparateReplica | None = None
-    """Of a replica that is a launch of its own: which one it is."""
+    """Number of a replica that is a launch of its own; None: all replicas are one launch."""
 
     @property
     def replicas(self) -> int:

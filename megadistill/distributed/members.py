@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 WAITS_FOR_RANKS = True
 """A thread with a frame of this module waits for other ranks (see `watchdog.stack_probe`)."""
 
-BEAT_SECONDS = 0.25
+HEARTBEAT_SECONDS = 0.25
 SILENCE_SECONDS = 30.0
 """Time (s) without a heartbeat after which a replica is lost whose connection is open: its host is gone, or frozen."""
 LOOK_SECONDS = 0.05
@@ -62,7 +62,7 @@ class Member:
     """Its number in the launch."""
     host: str
     address: str
-    """Where its leader listens, see `Presence`."""
+    """Address of its leader, see `Presence`."""
     steps: int
     """Steps that its student has taken, when the epoch was decided; -1: it has no student yet."""
 
@@ -74,7 +74,7 @@ class Epoch:
     number: int
     members: tuple[Member, ...]
     topology: Topology
-    """Of this rank, in it."""
+    """Topology of this rank, in it."""
     lost: tuple[Member, ...]
     """Members of the epoch before that are in this one no longer."""
     joined: tuple[Member, ...]
@@ -110,7 +110,7 @@ class Members:
         self._guard: Guard | None = None
         self._across: ProcessGroup | None = None
         self._lost = set[str]()
-        """Members whose leader is silent, or has said that it ends."""
+        """Members whose leader is silent, or has left."""
         self._waiting = set[str]()
         """Members that wait to join."""
         self._closed = threading.Event()
@@ -119,7 +119,7 @@ class Members:
             own = Member(self._id, separate.replica, socket.gethostname(), self._presence.address, -1)
             self._store.set(f"beat/{self._id}", "0")
             self._store.set(f"arrival/{self._store.add('arrivals', 1)}", json.dumps(asdict(own)))
-            threading.Thread(target=self._beat, name="members beat", daemon=True).start()
+            threading.Thread(target=self._send_heartbeats, name="members beat", daemon=True).start()
         self.joins = broadcast_object(self._leads and self._store.check(["epoch/1"]), alone.shard_group)
         """Whether the run had begun when this replica came."""
 
@@ -333,11 +333,11 @@ class Members:
 
     # The leader's thread
 
-    def _beat(self) -> None:
+    def _send_heartbeats(self) -> None:
         """Counts this replica's heartbeat, and looks at those of the others."""
         store, count = self._store.clone(), 0
         seen: dict[str, tuple[bytes, float]] = {}
-        while not self._closed.wait(BEAT_SECONDS):
+        while not self._closed.wait(HEARTBEAT_SECONDS):
             count += 1
             try:
                 store.set(f"beat/{self._id}", str(count))
@@ -351,10 +351,10 @@ class Members:
         others = [member for member in _arrived(store) if member.id not in {self._id, *self._lost}]
         now = time.monotonic()
         for member in others:
-            beat = bytes(store.get(f"beat/{member.id}"))
+            heartbeat = bytes(store.get(f"beat/{member.id}"))
             before = seen.get(member.id)
-            if before is None or before[0] != beat:
-                seen[member.id] = (beat, now)
+            if before is None or before[0] != heartbeat:
+                seen[member.id] = (heartbeat, now)
             elif now - before[1] > SILENCE_SECONDS:
                 self._lost.add(member.id)
             if self._presence.has_left(member.address) or store.check([f"gone/{member.id}"]):

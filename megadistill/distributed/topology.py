@@ -63,7 +63,7 @@ class Topology:
     across_group: ProcessGroup | None = None
     """The ranks with this one's shard, one of each replica."""
     guard: Guard | None = None
-    """Of replicas that may be lost."""
+    """Guard of replicas that may be lost; None: a lost one ends the run."""
     vocab_group: ProcessGroup | None = None
     slice_group: ProcessGroup | None = None
     pipeline_group: ProcessGroup | None = None
@@ -79,7 +79,7 @@ class Topology:
     timeout: timedelta | None = None
     """Time limit of a collective."""
     store: Store | None = None
-    """Where ranks of several replicas meet; None: in that of their default world."""
+    """Store in which ranks of several replicas meet; None: that of their default world."""
     watchdog: Watchdog = field(default_factory=Watchdog)
     """Hang detection; the main thread reports each phase that it enters."""
 

@@ -6,8 +6,8 @@ On a CPU, ranks share cores and memory with other processes, so slowness there i
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
-from megadistill.distributed.bandwidth import Pair
-from megadistill.distributed.group_latencies import Latencies
+from megadistill.distributed.measures.bandwidth import Pair
+from megadistill.distributed.measures.group_latencies import Latencies
 from megadistill.doctor.rank_report import RankReport, Row, Status, require_same, some, spread
 from megadistill.train.checkpoint.versions import tried, untried
 from megadistill.train.checkpoint.writer import FREE_SPACE_MARGIN

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from megadistill.config.load import load_recipe
 from megadistill.config.recipe import Recipe
-from megadistill.distributed.bandwidth import all_reduce_bandwidth, clock_offsets, neighbours, pair_bandwidths
 from megadistill.distributed.collectives import all_gather_objects, all_true, barrier, broadcast_object
-from megadistill.distributed.group_latencies import collective_latencies
 from megadistill.distributed.launch import Launch
+from megadistill.distributed.measures.bandwidth import all_reduce_bandwidth, clock_offsets, neighbours, pair_bandwidths
+from megadistill.distributed.measures.group_latencies import collective_latencies
 from megadistill.distributed.topology import Topology, local_device, process_groups
 from megadistill.doctor.comparison import (
     clock_row,

@@ -19,8 +19,8 @@ EVENTS = {
     "resumed": "training continues after `step` (0: from the start); `startup_seconds`, `lost_steps` to take again and "
     "their `lost_seconds`; `tier`: `local` for a save of the local tier; `totals`: sums over the run until now",
     "branched": "the run began from `step` of another one: `run` (its folder's name), `sha256` of the manifest",
-    "replicas_changed": "the run goes on after `step` with `replicas` copies of the student: the numbers of those that "
-    "were `lost` and that `joined`, `seconds` that it took",
+    "replicas_changed": "the run continues after `step` with `replicas` copies of the student: the numbers of those "
+    "that were `lost` and that `joined`, `seconds` that it took",
     "recipe_changed": "the run continues after `step` with another recipe: `changes`, key -> [former, present value]",
     "curriculum_entry": "`step` is the first one of curriculum entry `entry`, or of its rest after a start: "
     "`sequence_length`, `global_batch`, `micro_batch`, `accumulation`, `rope`",

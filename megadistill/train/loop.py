@@ -297,7 +297,7 @@ class Trainer:
         return step, cursor
 
     def _take_over(self) -> Cursor | None:
-        """Goes on from the state of the replica that is furthest. Collective."""
+        """Continues from the state of the replica that is furthest. Collective."""
         point = self._point
         assert point.epoch is not None
         point.take_over(self._student, self._topology)
@@ -364,8 +364,6 @@ class Trainer:
                 self._enter_phase("step", limit=limit)
                 limit = seconds
                 event = self._take_step(batches, stream)
-                due = self.step % setup.recipe.train.checkpoint_every == 0
-                self._point.took(event, self._recovery.tokens, is_due=due)
                 requests = set()
                 for hook in hooks:
                     request = hook.after_step(event)
@@ -389,7 +387,10 @@ class Trainer:
             return self._ended()
 
     def _make_up(self, hooks: Sequence[Hook], cursor: Cursor, *, last: bool) -> None:
-        """What the last step lacks, where replicas were lost behind it: its line in the log, a save. Collective."""
+        """Makes up for what the last step lacks, where replicas were lost behind it: its line in the log, a save.
+
+        Collective.
+        """
         point, topology = self._point, self._topology
         if point.event is not None:
             logged = last_step(self._setup.folder) if topology.is_first else None
@@ -490,7 +491,7 @@ class Trainer:
             place = (stream, self._topology, self._recovery.events)
             cursor = masked_cursor(batch.batch, cursor, *place, step=self.step, reduced=outcome.flags)
         seconds, waited = time.perf_counter() - began, batches.waited - waited_before
-        return StepEvent(
+        event = StepEvent(
             self.step,
             outcome,
             rate,
@@ -501,6 +502,9 @@ class Trainer:
             shape=shape,
             progress=at,
         )
+        is_due = self.step % self._setup.recipe.train.checkpoint_every == 0
+        self._point.took(event, self._recovery.tokens, is_due=is_due)
+        return event
 
     def _waiting(self) -> dict[str, float]:
         """1 where this rank knows of a replica that waits to join; nothing in a run that none can join."""

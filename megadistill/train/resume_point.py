@@ -1,4 +1,4 @@
-"""Where a run goes on with other replicas: between two steps, with the models that its ranks have in memory.
+"""The point from which a run continues with other replicas: between two steps, with the models in its ranks' memory.
 
 A step counts when the optimizer has taken it. What was begun of the next one is dropped, with its gradients.
 """
@@ -21,7 +21,7 @@ NO_STEPS = -1
 
 @dataclass
 class ResumePoint:
-    """What a rank takes from one epoch of the run's replicas into the next one."""
+    """State that a rank takes from one epoch of the run's replicas into the next one."""
 
     epoch: Epoch | None = None
     """The epoch; None for a run whose replicas, if it has any, end together."""

@@ -1,4 +1,4 @@
-"""What lets a replica go on when another one is lost: collectives across replicas end, on all ranks of a replica alike.
+"""Collectives across replicas that end when a replica is lost, on all ranks of another one alike, so that it continues.
 
 A replica that is lost never answers. gloo notices a process that was killed at once, and a host without power only
 after its time limit; NCCL may notice neither. So a wait across replicas also ends when the run's members say so (see

@@ -22,10 +22,10 @@ class Presence:
             own = route.getsockname()[0]
         self._listening = socket.create_server((own, 0), family=_family(own), backlog=BACKLOG)
         self.address = f"{own}|{self._listening.getsockname()[1]}"
-        """Where the others connect to."""
+        """Address for the others' connections."""
         self._accepted: list[socket.socket] = []
         self._connections: dict[str, socket.socket | None] = {}
-        """By address; None: it could not be reached, so that nothing is known of its end."""
+        """Address -> connection; None: it could not be reached, so that nothing is known of its end."""
         threading.Thread(target=self._accept, name="members presence", daemon=True).start()
 
     def has_left(self, address: str) -> bool:

@@ -83,7 +83,7 @@ class Setup:
     held_out: tuple[Split, ...] = ()
     """The splits of `validation.data`."""
     separate: SeparateReplica | None = None
-    """Which of the replicas this is that are launches of their own, and may come and go; None: they are one launch."""
+    """This one of the replicas that are launches of their own, and may come and go; None: they are one launch."""
     teacher_copy: Path | None = None
     """Copy of the teacher on this node, which the ranks that hold its stages read; None: they read teacher.path."""
     teachers: Mapping[str, "Setup"] = field(default_factory=dict)

@@ -1,6 +1,6 @@
 """Latency of small collectives, measured over the world and over groups of consecutive ranks."""
 
-from megadistill.distributed.group_latencies import Latencies, collective_latencies
+from megadistill.distributed.measures.group_latencies import Latencies, collective_latencies
 from megadistill.distributed.topology import Topology
 from tests.ranks.harness import run_ranks
 

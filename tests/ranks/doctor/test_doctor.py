@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 
 from megadistill.config.recipe import Recipe
-from megadistill.distributed.bandwidth import (
+from megadistill.distributed.collectives import all_gather_objects, barrier
+from megadistill.distributed.launch import Launch
+from megadistill.distributed.measures.bandwidth import (
     all_reduce_bandwidth,
     clock_offsets,
     neighbours,
     pair_bandwidths,
 )
-from megadistill.distributed.collectives import all_gather_objects, barrier
-from megadistill.distributed.launch import Launch
 from megadistill.distributed.topology import Topology
 from megadistill.doctor import examine as doctor
 from megadistill.doctor.dry_run import dry_run

@@ -20,11 +20,11 @@ import torch.distributed as dist
 import yaml
 
 import megadistill
-from megadistill.distributed import bandwidth
 from megadistill.distributed.bridge import Bridge
 from megadistill.distributed.broadcast_reader import BroadcastReader
 from megadistill.distributed.collectives import Pending, start_all_gather_rows
 from megadistill.distributed.launch import Launch
+from megadistill.distributed.measures import bandwidth
 from megadistill.distributed.p2p import Endpoint
 from megadistill.distributed.rendezvous import store_barrier
 from megadistill.distributed.roles import Roles
@@ -484,7 +484,7 @@ def test_a_teacher_read_once_reaches_every_replica(
 
 
 USERS = {
-    "distributed/bandwidth.py": test_the_doctors_measurements_end,
+    "distributed/measures/bandwidth.py": test_the_doctors_measurements_end,
     "distributed/bridge.py": test_a_run_starts_rolls_back_and_stops,
     "distributed/topology.py": test_a_run_starts_rolls_back_and_stops,
     "doctor/dry_run.py": test_the_colocated_pipeline_ends,  # one round, and a step

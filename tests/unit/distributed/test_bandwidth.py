@@ -2,7 +2,7 @@
 
 import pytest
 
-from megadistill.distributed.bandwidth import neighbours
+from megadistill.distributed.measures.bandwidth import neighbours
 
 
 @pytest.mark.parametrize("world", range(1, 10))

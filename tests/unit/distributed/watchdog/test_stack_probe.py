@@ -106,6 +106,8 @@ def test_the_modules_that_communicate_are_known() -> None:
         "bridge",
         "collectives",
         "group_latencies",
+        "guard",
+        "members",
         "neighbour_copies",
         "node_digests",
         "p2p",

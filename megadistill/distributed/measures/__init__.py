@@ -1,0 +1,1 @@
+"""Measures of the links between ranks, for doctor."""
