@@ -47,7 +47,7 @@ WAITS_FOR_RANKS = True
 """A thread with a frame of this module waits for other ranks (see `watchdog.stack_probe`)."""
 
 HEARTBEAT_SECONDS = 0.25
-SILENCE_SECONDS = 30.0
+SILENCE_SECONDS = 10.0
 """Time (s) without a heartbeat after which a replica is lost whose connection is open: its host is gone, or frozen."""
 LOOK_SECONDS = 0.05
 FOREVER = timedelta(days=365)
@@ -288,40 +288,51 @@ class Members:
         """This rank's epoch; None on every rank of the replica where one of them cannot reach its peers."""
         members = tuple(Member(**values) for values in record["members"])
         number, place = int(record["number"]), [member.id for member in members].index(self._id)
-        alone, n = self._alone, self._alone.shard_world
         before = () if self._epoch is None else self._epoch.members
         guard = Guard(lambda reason: self._break_off(number, reason), waiting=self._waits)
-        across: ProcessGroup | None = None
-        made = True
-        if len(members) > 1:
-            shard = alone.shard_rank
-            try:
-                across = unregistered_group(
-                    PrefixStore(f"epoch_{number}_{shard}", self._store),
-                    place,
-                    range(shard, n * len(members), n),
-                    min(self._timeout, timedelta(seconds=2 * SILENCE_SECONDS)),
-                    device=alone.device,
-                    name=f"across_{number}_{shard}",
-                )
-            except (RuntimeError, dist.DistError) as error:
-                self._break_off(number, f"no connection: {str(error).splitlines()[0][:200]}")
-                made = False
         ids, former = {each.id for each in members}, {each.id for each in before}
         epoch = Epoch(
             number,
             members,
-            alone.with_replicas(place, len(members), across, guard),
+            self._alone,
             lost=tuple(each for each in before if each.id not in ids),
             joined=tuple(each for each in members if former and each.id not in former),
         )
-        self._epoch = epoch  # what is lost from here on is of this epoch
-        if not all_true(made, alone.device, alone.shard_group):
+        self._epoch = epoch  # its members are watched from here on
+        across = self._made_group(number, place, len(members)) if len(members) > 1 else None
+        made = across is not None or len(members) == 1
+        if not all_true(made, self._alone.device, self._alone.shard_group):
+            self._break_off(number, "a rank has not reached its peers")
             return None, None, None
         if across is not None:
             store = self._store.clone()
             guard.watch(across, lambda: store.wait([f"broken/{number}"], FOREVER))
+        epoch = replace(epoch, topology=self._alone.with_replicas(place, len(members), across, guard))
         return epoch, across, guard
+
+    def _made_group(self, number: int, place: int, replicas: int) -> ProcessGroup | None:
+        """The group across replicas of an epoch; None where a member is lost before all have met in it.
+
+        It is made by a thread: a rank that waits there for a lost one cannot be interrupted, and is left behind in it.
+        """
+        alone, made = self._alone, list[ProcessGroup]()
+        shard, n, store = alone.shard_rank, alone.shard_world, self._store.clone()
+
+        def make() -> None:
+            name = f"across_{number}_{shard}"
+            places = range(shard, n * replicas, n)
+            with suppress(RuntimeError, dist.DistError):
+                made.append(
+                    unregistered_group(
+                        PrefixStore(name, store), place, places, self._timeout, device=alone.device, name=name
+                    )
+                )
+
+        thread = threading.Thread(target=make, name="members meet", daemon=True)
+        thread.start()
+        while thread.is_alive() and not self._store.check([f"broken/{number}"]):
+            thread.join(LOOK_SECONDS)
+        return made[0] if made else None
 
     def _break_off(self, number: int, reason: str) -> None:
         """Says that an epoch has ended, to all ranks of all its members."""

@@ -293,7 +293,7 @@ def _require_secondary_groups(size: int, world: int) -> None:
         divisors = [divisor for divisor in range(1, world + 1) if world % divisor == 0]
         raise UserError(
             f"student.deepspeed: zero_optimization.zero_hpz_partition_size is {size}, which does not divide the "
-            f"{world} ranks of the student: give the ranks of a node, one of {', '.join(map(str, divisors))}"
+            f"{world} ranks that share the student: give the ranks of a node, one of {', '.join(map(str, divisors))}"
         )
 
 

@@ -158,7 +158,7 @@ def test_the_names_that_deepspeed_also_takes_are_those_of_its_documentation(tmp_
         ({"stage": 3}, "memory_efficient_linear must be false"),
         (
             {"stage": 3, "memory_efficient_linear": False, "zero_hpz_partition_size": 4},
-            "zero_hpz_partition_size is 4, which does not divide the 6 ranks of the student.* 1, 2, 3, 6",
+            "zero_hpz_partition_size is 4, which does not divide the 6 ranks that share the student.* 1, 2, 3, 6",
         ),
     ],
 )
