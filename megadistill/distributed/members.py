@@ -365,10 +365,10 @@ class Members:
             heartbeat = bytes(store.get(f"beat/{member.id}"))
             before = seen.get(member.id)
             if before is None or before[0] != heartbeat:
-                seen[member.id] = (heartbeat, now)
-            elif now - before[1] > SILENCE_SECONDS:
-                self._lost.add(member.id)
-            if self._presence.has_left(member.address) or store.check([f"gone/{member.id}"]):
+                before = seen[member.id] = (heartbeat, now)
+            is_silent = now - before[1] > SILENCE_SECONDS
+            if is_silent or self._presence.has_left(member.address) or store.check([f"gone/{member.id}"]):
+                store.set(f"gone/{member.id}", "1")  # for all: leaders that differ in it would end each other's epochs
                 self._lost.add(member.id)
         epoch = self._epoch
         if epoch is None:

@@ -81,6 +81,11 @@ def replica_of(recipe: Recipe, students: Launch) -> tuple[Launch, int]:
         UserError: the ranks cannot be divided as the recipe says.
     """
     distributed = recipe.distributed
+    if students.separate is not None and distributed.min_replicas > students.replicas:
+        raise UserError(
+            f"distributed.min_replicas is {distributed.min_replicas}, and MEGADISTILL_REPLICAS {students.replicas}: "
+            "the run could not begin; lower the first, or launch more replicas"
+        )
     replica = replica_launch(distributed.shard, students)
     of = "this run" if replica.world == students.world else "a replica of the student (distributed.shard)"
     return replica, vocab_group_size(distributed.vocab_group, replica, sequence=distributed.sequence, of=of)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megadistill.config.load import load_recipe
-from megadistill.distributed.launch import Launch
+from megadistill.distributed.launch import Launch, SeparateReplica
 from megadistill.errors import UserError
 from megadistill.train.setup.ranks_and_files import require_ranks_and_files
 from tests.paths import RECIPES
@@ -77,3 +77,28 @@ def test_mixtures_and_hub_names_and_initial_weights_are_named_too(
     assert "hf download org/text --repo-type dataset" in mine
     assert "student.weights: org/model" in weights
     assert "hf download org/model --local-dir models/model" in weights
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "line"),
+    [
+        ("smoke.yaml", ["distributed.min_replicas=4"], "distributed.min_replicas is 4, and MEGADISTILL_REPLICAS 3"),
+        (
+            "smoke.yaml",
+            ["checkpoint.local={folder: /dev/shm/megadistill, every: 2}"],
+            "checkpoint.local: a lost replica gets its state",
+        ),
+        ("smoke.yaml", ["distributed.shard=4"], "distributed.shard is 4, and this replica is a launch of 2 ranks"),
+        (
+            "smoke.yaml",
+            ["teacher.placement=disaggregated", "teacher.ranks=1"],
+            "teacher.placement disaggregated: the teacher's own ranks serve a fixed number",
+        ),
+    ],
+)
+def test_what_does_not_go_with_replicas_that_come_and_go(name: str, overrides: list[str], line: str) -> None:
+    launch = Launch(0, 2, 0, 2, SeparateReplica(1, 3, "node7", 29400)).of_all_replicas()
+    recipe = load_recipe(RECIPES / name, [*overrides, "distributed.vocab_group=null"])
+    with pytest.raises(UserError) as caught:
+        require_ranks_and_files(recipe, launch)
+    assert line in str(caught.value)
