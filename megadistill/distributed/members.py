@@ -38,6 +38,7 @@ from megadistill.distributed.groups.unregistered import unregistered_group
 from megadistill.distributed.launch import SeparateReplica
 from megadistill.distributed.topology import Topology
 from megadistill.errors import RestartFault
+from megadistill.io import parse_json
 from megadistill.redaction import printable
 from megadistill.units import number_of
 
@@ -235,7 +236,7 @@ class Members:
         return any(self._store.check([f"end/{member.id}"]) for member in members)
 
     def _record(self, number: int) -> dict[str, Any]:
-        record: dict[str, Any] = json.loads(self._store.get(f"epoch/{number}"))
+        record: dict[str, Any] = parse_json(self._store.get(f"epoch/{number}"))
         return record
 
     def _candidates(self, number: int, *, late: bool) -> list[Member] | None:
@@ -387,7 +388,7 @@ class Members:
 def _arrived(store: Any) -> list[Member]:
     """The replicas that have come, in that order. The counter is ahead of what is written for a moment."""
     keys = [f"arrival/{number}" for number in range(1, store.add("arrivals", 0) + 1)]
-    return [Member(**json.loads(store.get(key))) for key in keys if store.check([key])]
+    return [Member(**parse_json(store.get(key))) for key in keys if store.check([key])]
 
 
 def _connect(separate: SeparateReplica, timeout: timedelta) -> Any:

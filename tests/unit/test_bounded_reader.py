@@ -229,6 +229,7 @@ RAW = {
     "megadistill/train/checkpoint/attempt.py": "/proc, and a file that is written",
     "megadistill/train/checkpoint/format.py": "safetensors, on a verified file, and a file that was just written",
     "megadistill/train/checkpoint/local_tier.py": "safetensors, on a verified file",
+    "megadistill/distributed/collectives.py": "an object of another rank of this run, as in torch's collectives",
     "megadistill/train/telemetry/metrics.py": "a log that was just read, to cut off its end",
     "megadistill/train/telemetry/timeline_capture.py": "/proc",
     "megadistill/train/teacher/live.py": "a target writer's own `open`",

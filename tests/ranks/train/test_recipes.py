@@ -57,6 +57,7 @@ def _small(recipe: Recipe, manifest: Path, folder: Path) -> list[str]:
         *([f"student.weights={folder / 'student'}"] if recipe.student.weights else []),
         f"teacher.path={folder / 'teacher'}",
         "distributed.vocab_group=2",
+        "distributed.shard=2",
         "loss.elementwise=eager",  # compiling takes longer than all of these tests
         "loss.diagnostics_every=2",
         *(["loss.schedule.warmup_steps=1", "loss.schedule.decay_steps=1"] if recipe.loss.schedule else []),

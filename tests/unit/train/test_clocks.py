@@ -30,6 +30,7 @@ from megadistill.train.hooks.hook import StepEvent
 from megadistill.train.lookahead import StepBatches
 from megadistill.train.objective import Objective
 from megadistill.train.resilience import stragglers
+from megadistill.train.resume_point import ResumePoint
 from megadistill.train.teacher.protocol import Teacher
 from megadistill.train.teacher.targets import StudentOutput, TargetedBatch
 from megadistill.train.telemetry.rank_flops import RankFlops
@@ -161,6 +162,8 @@ def _step(device: SimulatedDevice, signals: Any) -> StepEvent:
         _norms=None,
         _shape=shape,
         _shape_of=lambda batch: shape,
+        _waiting=dict,
+        _point=ResumePoint(),
     )
     batches = StepBatches(_data(device), _Teacher(signals, device), micro_batch=B)
     waits = device.waits

@@ -71,7 +71,7 @@ class ThreadRanks:
     def _first_false(self, flag: bool, device: Any, group: Any) -> int | None:
         return next((rank for rank, value in enumerate(self._gather(flag)) if not value), None)
 
-    def _channels(self, rank: int, timeout: Any) -> Any:
+    def _channels(self, rank: int, timeout: Any, store: Any) -> Any:
         class Channels:
             def connect(self, links: Any) -> None: ...
 
