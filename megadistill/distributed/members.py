@@ -127,7 +127,9 @@ class Members:
     @property
     def somebody_waits(self) -> bool:
         """Whether a replica waits to join, as the leader of the first one knows."""
-        return bool(self._waiting)
+        epoch = self._epoch  # the look may be older than it
+        known = set[str]() if epoch is None else {member.id for member in epoch.members}
+        return not self._waiting <= known
 
     def next_epoch(self, steps: int) -> Epoch | None:
         """Ends the epoch and begins the next one, of which this replica is a member; None: the run has ended.
