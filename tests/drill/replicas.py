@@ -269,15 +269,15 @@ def first_save(place: Place) -> CaseResult:
 def frozen(place: Place) -> CaseResult:
     name, silence = "replica-frozen", ["silence:4"]
     with Replicas(place, name, 2, 1, settings(distributed__vocab_group=1)) as replicas:
-        kept = replicas.start(0, {0: silence})
+        survivor = replicas.start(0, {0: silence})
         victim = replicas.start(1, {0: [*silence, f"frozen:{AT}"]})
         replicas.until_step(AT - 1)
         began = time.monotonic()
-        until(lambda: bool(replicas.changed()) or not kept.alive, 60.0, "the other replica did not go on")
+        until(lambda: bool(replicas.changed()) or not survivor.alive, 60.0, "the other replica did not go on")
         seconds = since(began)
         victim.send(signal.SIGCONT)
         assert victim.wait(60) == [RESTART], replicas.output
-        assert kept.wait(120) == [0], replicas.output
+        assert survivor.wait(120) == [0], replicas.output
     return compare(place, name, seconds=seconds)
 
 
