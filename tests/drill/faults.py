@@ -29,6 +29,9 @@ SLOTS: tuple[int, ...] = ()
 CRAWL_SECONDS = 2.0
 """More for each step from that of `crawl:STEP` on: time to do something to a run there. Below the steps' time limit."""
 
+TAKEN_SECONDS = 1.0
+"""Time in which other replicas, which have the sum, take their step."""
+
 BLOCKED = "blocked"
 """File that a rank creates in the folder DRILL_SIGNS when it waits to be killed."""
 
@@ -180,7 +183,7 @@ def _die_in_save(step: int) -> None:
 
 
 def _sum_lost(step: int) -> None:
-    """This rank has the sum of all replicas, takes it for lost, and says so."""
+    """This rank has the sum of all replicas, takes it for lost, and says so when the others have taken the step."""
     from megadistill.distributed.groups.guard import ReplicasChanged
 
     module = _flat_step()
@@ -190,6 +193,7 @@ def _sum_lost(step: int) -> None:
         real(flat, group)
         if step == STEP and not done:
             done.append(step)
+            time.sleep(TAKEN_SECONDS)
             group.guard.break_off("a fault of the drill")
             raise ReplicasChanged
 

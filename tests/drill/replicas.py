@@ -179,18 +179,18 @@ def lose(
     count: int = 2,
     shard: int = 2,
     victims: Sequence[int] = (VICTIM,),
-    others: Sequence[str] = (),
+    of_first: Sequence[str] = (),
     changes: Sequence[str] = (),
 ) -> CaseResult:
     """The victims' last rank has the fault, which kills it; they join again; the run is the undisturbed one.
 
-    `others`: faults of the first rank of the replicas that are no victims.
+    `of_first`: faults of replica 0, where that is no victim.
     """
     with Replicas(place, name, count, shard, changes) as replicas:
         faults = {victim: {shard - 1: [fault]} for victim in victims}
         replicas.open_gate(GATE)
         for replica in range(count):
-            replicas.start(replica, faults.get(replica, {0: list(others)} if others else {}))
+            replicas.start(replica, faults.get(replica, {0: list(of_first)} if replica == 0 else {}))
         first = {victim: replicas.launches[victim] for victim in victims}
         for ranks in first.values():
             ranks.processes[-1].join(90)
@@ -230,7 +230,7 @@ def in_step(place: Place) -> CaseResult:
     return lose(place, "replica-step", f"die_step:{AT}")
 
 
-@case("replica-behind", "a replica is lost, and of two others one has the sum and one has not")
+@case("replica-behind", "a replica is lost, and of two others one has taken the step, and the one with rank 0 has not")
 def behind(place: Place) -> CaseResult:
     return lose(
         place,
@@ -239,7 +239,7 @@ def behind(place: Place) -> CaseResult:
         count=3,
         shard=1,
         victims=(2,),
-        others=[f"sum_lost:{AT}"],
+        of_first=[f"sum_lost:{AT}"],
         changes=settings(distributed__vocab_group=1),
     )
 
