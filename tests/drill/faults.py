@@ -29,6 +29,9 @@ SLOTS: tuple[int, ...] = ()
 CRAWL_SECONDS = 2.0
 """More for each step from that of `crawl:STEP` on: time to do something to a run there. Below the steps' time limit."""
 
+SAVE_SECONDS = 5.0
+"""More for the save of the step of `slow_save:STEP`: time to do something to a rank in it."""
+
 TAKEN_SECONDS = 1.0
 """Time in which other replicas, which have the sum, take their step."""
 
@@ -169,14 +172,14 @@ def _stage() -> Any:
     return TeacherStage
 
 
-def _die_in_save(step: int) -> None:
-    """SIGKILL in the thread that writes the checkpoint of a step, which the run has gone on from."""
+def _before_write(step: int, act: Callable[[], None]) -> None:
+    """`act` in the thread that writes the checkpoint of a step, which the run has gone on from."""
     writer = _writer()
     real = writer.write_rank
 
     def write_rank(folder: Path, *arguments: Any, **keys: Any) -> Any:
         if checkpoint_name(step) in folder.name:
-            _kill()
+            act()
         return real(folder, *arguments, **keys)
 
     writer.write_rank = write_rank
@@ -276,7 +279,8 @@ _PATCHES: dict[str, Callable[[int], None]] = {
     "die_teacher": _die_before(_stage, "forward"),
     "die_across": _die_before(_flat_step, "add_across"),
     "die_step": _die_before(lambda: _flat_step().FlatStep, "_update"),
-    "die_save": _die_in_save,
+    "die_save": partial(_before_write, act=_kill),
+    "slow_save": partial(_before_write, act=partial(time.sleep, SAVE_SECONDS)),
     "die_folder": _die_before(lambda: _writer().Saver, "_make_folder"),
     "sum_lost": _sum_lost,
     "silence": _silence,

@@ -41,6 +41,35 @@ def overrides(values: Mapping[str, object]) -> list[str]:
     return [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
 
 
+PATIENT = {"distributed.timeout_minutes": 3}
+FAULTY = f"({sys.executable} -m tests.drill.faulty)"
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Ranks wait before a step until it is opened, so that what has to meet a run in a step does so on any machine.
+
+    A rank that waits is not stuck: the time limit of a step is longer.
+
+    Ranks that wait take no notice of signals: see `Work.slowed` for those.
+    """
+
+    file: Path
+
+    def open(self, step: int) -> None:
+        """Lets the ranks take the steps up to this one."""
+        changed = self.file.with_suffix(".new")
+        changed.write_text(str(step), encoding="ascii")
+        changed.rename(self.file)
+
+    def settings(self, settings: Mapping[str, str], *faults: str) -> dict[str, str]:
+        """The lines of an env file, with those for ranks that wait. `faults`: more, of tests/drill/faults.py."""
+        names = " ".join(("gated", *faults))
+        variables = {"export DRILL_FAULTS": f"'{names}'", "export DRILL_GATE": str(self.file)}
+        patient = settings["OVERRIDES"].removesuffix(")") + f" {' '.join(overrides(PATIENT))})"
+        return {**settings, "MEGADISTILL": FAULTY, "OVERRIDES": patient, **variables}
+
+
 @dataclass(frozen=True)
 class Work:
     """A folder with `data` and `teacher`; the runs go beside them."""
@@ -52,6 +81,17 @@ class Work:
         """The lines of an env file that every training job needs."""
         values = {**TINY, "data.manifest": self.folder / "data/train/manifest.json", "teacher.path": self.teacher}
         return {"RECIPE": "recipes/smoke.yaml", "OVERRIDES": f"({' '.join(overrides(values))})"}
+
+    @property
+    def slowed(self) -> dict[str, str]:
+        """`settings` with steps that no machine takes faster than a notice arrives: 100 of them are 3 s."""
+        return {**self.settings, "MEGADISTILL": FAULTY, "export DRILL_FAULTS": "slow:30"}
+
+    def gate(self, name: str, opens_to: int) -> Gate:
+        """A gate for a run, open to a step."""
+        gate = Gate(self.folder / f"{name}.gate")
+        gate.open(opens_to)
+        return gate
 
     @property
     def teacher(self) -> Path:

@@ -60,7 +60,7 @@ def test_before_the_time_limit_a_job_saves_requeues_itself_and_goes_on(cluster: 
 
 
 def test_a_job_that_is_preempted_gives_its_nodes_and_goes_on_later(cluster: Cluster, work: Work) -> None:
-    job = cluster.submit("train", work.folder / "preempted", "--nodes=2", "--partition=low", **work.settings)
+    job = cluster.submit("train", work.folder / "preempted", "--nodes=2", "--partition=low", **work.slowed)
     job.reaches(SOON)
     cluster.call("srun", "--partition=main", "--nodes=3", "--exclusive", "--job-name=urgent", "sleep", "1")
     _same(work, job.ends(), work.reference(2))
@@ -70,7 +70,7 @@ def test_a_job_that_is_preempted_gives_its_nodes_and_goes_on_later(cluster: Clus
 
 def test_the_jobs_of_an_array_go_on_one_after_the_other(cluster: Cluster, work: Work) -> None:
     chain = ("--nodes=2", "--array=1-3%1", "--no-requeue")
-    job = cluster.submit("train", work.folder / "array", *chain, **work.settings)
+    job = cluster.submit("train", work.folder / "array", *chain, **work.slowed)
     job.reaches(SOON)
     job.notify()
     _same(work, job.ends(), work.reference(2))
@@ -80,9 +80,11 @@ def test_the_jobs_of_an_array_go_on_one_after_the_other(cluster: Cluster, work: 
 
 
 def test_a_second_job_on_the_folder_of_a_running_one_ends_and_the_first_goes_on(cluster: Cluster, work: Work) -> None:
-    job = cluster.submit("train", work.folder / "twice", "--nodes=2", **work.settings)
+    gate = work.gate("twice", SOON)
+    job = cluster.submit("train", work.folder / "twice", "--nodes=2", **gate.settings(work.settings))
     job.reaches(SOON)
     second = cluster.submit("train", job.folder, "--nodes=1", **work.settings).ends(30)
+    gate.open(STEPS)
     assert f"job {job.number} is running in {job.folder}: this job ends" in second.log
     assert second.field("ExitCode") == "1:0"
     _same(work, job.ends(), work.reference(2))
@@ -90,10 +92,12 @@ def test_a_second_job_on_the_folder_of_a_running_one_ends_and_the_first_goes_on(
 
 
 def test_when_a_node_is_set_down_the_job_requeues_and_takes_others(cluster: Cluster, work: Work) -> None:
-    job = cluster.submit("train", work.folder / "down", "--nodes=2", **work.settings)
+    gate = work.gate("down", SOON)
+    job = cluster.submit("train", work.folder / "down", "--nodes=2", **gate.settings(work.settings))
     job.says("start 1 on n1 n2")
     job.reaches(SOON)
     cluster.call("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
+    gate.open(STEPS)
     try:
         _same(work, job.ends(), work.reference(2))
     finally:
@@ -102,9 +106,11 @@ def test_when_a_node_is_set_down_the_job_requeues_and_takes_others(cluster: Clus
 
 
 def test_a_spare_node_stands_in_for_one_that_lost_its_power(cluster: Cluster, work: Work) -> None:
-    job = cluster.submit("train", work.folder / "power", "--nodes=3", **work.settings, SPARES="1")
+    gate = work.gate("power", SOON)
+    job = cluster.submit("train", work.folder / "power", "--nodes=3", **gate.settings(work.settings), SPARES="1")
     job.reaches(SOON)
     cluster.node("crash", "n2")
+    gate.open(STEPS)
     try:
         _same(work, job.ends(), work.reference(2))
     finally:
@@ -158,7 +164,7 @@ def test_a_run_that_another_job_took_over_is_left_to_it(cluster: Cluster, tmp_pa
 
 def test_the_teacher_on_nodes_of_another_kind_is_a_heterogeneous_job(cluster: Cluster, work: Work) -> None:
     kinds = ("--nodes=2", ":", "--nodes=1")
-    job = cluster.submit("train-disaggregated-het", work.folder / "het", *kinds, **work.settings)
+    job = cluster.submit("train-disaggregated-het", work.folder / "het", *kinds, **work.slowed)
     job.reaches(SOON)
     job.notify()
     _same(work, job.ends(180), work.reference(3, **APART))
