@@ -26,8 +26,9 @@ def storage_rate(ranks: int, ranks_per_node: int) -> float:
 def restart_parts(estimate: Estimate) -> dict[str, float]:
     """Seconds from a fault to the first step after it, by part.
 
-    A teacher is read once by one rank of each stage, and sent to the others at the pace of a node's network. Each
-    replica of the student reads the checkpoint; all ranks together hash it once.
+    A teacher is read once by one rank of each stage, and sent to the others at the pace of a node's network. All ranks
+    together hash a checkpoint, and the first replica of the student reads it and sends it to the others; of local saves
+    each rank hashes and reads its own.
     """
     run, nodes = estimate.sharding, estimate.cluster.nodes
     parts = {
@@ -43,9 +44,16 @@ def restart_parts(estimate: Estimate) -> dict[str, float]:
         network = estimate.cluster.accelerator.network_bandwidth
         sent = max(stages) / network if nodes > readers else 0.0
         parts["teacher"] = read + sent
-    local = run.recipe.checkpoint.local is not None
-    rate = LOCAL_STORAGE * nodes if local else storage_rate(run.ranks, run.ranks_per_node)
-    hashed = run.replicas if local else 1
-    parts[CHECKPOINT] = (hashed + run.replicas) * estimate.requirements.checkpoint_bytes / rate
+    parts[CHECKPOINT] = _checkpoint_seconds(estimate)
     parts["first step"] = FIRST_STEP
     return parts
+
+
+def _checkpoint_seconds(estimate: Estimate) -> float:
+    run, size = estimate.sharding, estimate.requirements.checkpoint_bytes
+    if run.recipe.checkpoint.local is not None:
+        return 2 * run.replicas * size / (LOCAL_STORAGE * estimate.cluster.nodes)
+    hashed = size / storage_rate(run.ranks, run.ranks_per_node)
+    read = size / storage_rate(run.shard, run.ranks_per_node)
+    sent = size / run.shard / estimate.cluster.accelerator.network_bandwidth if run.replicas > 1 else 0.0
+    return hashed + read + sent

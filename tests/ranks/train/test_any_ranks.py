@@ -4,16 +4,20 @@
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from megadistill.config.recipe import Recipe
 from megadistill.data.targets.target_manifest import TargetManifest
 from megadistill.distributed.launch import Launch
 from megadistill.distributed.roles import Roles
 from megadistill.distributed.topology import Topology
+from megadistill.export.export_run import export_run
+from megadistill.student.state import ReadRange, StudentState
 from megadistill.train.checkpoint.format import newest_checkpoint
 from megadistill.train.lookahead import StepBatch, StepBatches
 from megadistill.train.loop import run
@@ -170,3 +174,43 @@ def test_a_teacher_on_ranks_of_its_own_serves_ranks_without_a_row_of_the_batch(
         values = _values(manifest, tmp_path / str(world), objective="distill", teacher=section)
         lines[world], _ = _run(values, (world, None), roles=roles)
     _assert_alike(lines[4], lines[1])
+
+
+def _train_and_count(topology: Topology, values: dict[str, Any], stop_after: int | None) -> tuple[int, Slots]:
+    """Pieces of the student's state that this rank has read from storage, beside what `_train` returns."""
+    read, plain = list[str](), StudentState.load
+
+    def load(state: StudentState, reads: ReadRange) -> None:
+        def recorded(key: str, start: int, stop: int) -> Tensor:
+            read.append(key)
+            return reads(key, start, stop)
+
+        plain(state, recorded)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StudentState, "load", load)
+        slots = _train(topology, values, stop_after)
+    return len(read), slots
+
+
+@pytest.mark.parametrize("begins", ["checkpoint", "weights"])
+def test_one_replica_reads_the_state_for_all(manifest: Path, tmp_path: Path, begins: str) -> None:
+    """From a checkpoint of two ranks and from weights, on replicas of one rank and of two."""
+    first = _values(manifest, tmp_path / "first")
+    run_ranks(2, _train, first, 2, vocab_group=1)
+    weights = str(tmp_path / "exported")
+    if begins == "weights":
+        export_run(tmp_path / "first", Path(weights), step=None, max_shard_bytes=1 << 20, dtype=None)
+    lines = []
+    for world, replicas in ((1, 1), (2, 2), (4, 2)):
+        folder = tmp_path / f"{world}-{replicas}"
+        if begins == "checkpoint":
+            shutil.copytree(tmp_path / "first", folder)
+        values = _values(manifest, folder)
+        values["student"]["weights"] = weights if begins == "weights" else None
+        values["distributed"]["shard"] = world // replicas
+        ranks = run_ranks(world, _train_and_count, values, None, vocab_group=1, replicas=replicas)
+        assert [count > 0 for count, _ in ranks] == [rank < world // replicas for rank in range(world)]
+        lines.append(loops._numbers(folder))
+    _assert_alike(lines[1], lines[0])
+    _assert_alike(lines[2], lines[0])
