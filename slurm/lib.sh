@@ -257,6 +257,7 @@ until_done() {
     [ "$NOTICE" != USR2 ] || leave 0 "stopped at $(progress)"
     [ "$NOTICE" != TERM ] || exit 143
     sleep 3 # the controller notices a lost node later than the ranks do
+    require_open "$folder" "$marker" # a person may have stopped the run, with HOLD
   done
 }
 

@@ -3,12 +3,12 @@
 # that has ended is started again on free nodes of the job, and joins the run. Each start has its own port, and its own
 # files: LOGS/K.N is the folder of the N-th start, one of replica K. Sourced after slurm/train.sh.
 # shellcheck disable=SC2030,SC2031,SC2034 # LOGS is a start's own; lib.sh uses what is set here
-RUN_STEPS=run_replicas STARTS=0 LOST_NODES=""
+RUN_STEPS=run_replicas STARTS=0 LOST_NODES="" ALIVE=yes
 SETTLE_SECONDS=${SETTLE_SECONDS:-15} # after a replica's end: the others have ended by then too, if the run has
 RETRY_SECONDS=${RETRY_SECONDS:-300}  # between two looks for free nodes
 LAST_SECONDS=${LAST_SECONDS:-120}    # for the others, after the first replica has ended as requested
 # of replica K: time of its end, and of its next start; starts after the checkpoint BEFORE; time, nodes and logs of its
-# last start
+# last start. ALIVE: whether a replica that starts again may have others to join
 ENDED=() AGAIN=() TRIES=() BEFORE=() STARTED=() NODES_OF=() FOLDER_OF=()
 
 # The store of the replicas is a process of this script, on the batch host: it outlives all replicas, but not the job.
@@ -82,9 +82,13 @@ start_replica() {
 
 # run_replicas: starts REPLICAS of COMMAND on STEP_NODES, and those again that end, until all have ended.
 run_replicas() {
-  local nodes replica requested=""
-  ENDED=() AGAIN=() TRIES=() BEFORE=() STARTED=() NODES_OF=() FOLDER_OF=() MASTER_PORTS=""
+  local nodes replica ended last=""
+  ENDED=() AGAIN=() TRIES=() BEFORE=() STARTED=() NODES_OF=() FOLDER_OF=() MASTER_PORTS="" ALIVE=yes
   start_store || return 1
+  if is_stopping; then # a notice reaches no replica that starts after it
+    kill -KILL "$STORE_PID" 2>/dev/null
+    return
+  fi
   mapfile -t nodes <<<"$STEP_NODES"
   for ((replica = 0; replica < REPLICAS; replica++)); do
     count_try "$replica"
@@ -92,19 +96,32 @@ run_replicas() {
   done
   while [ "${#STEP_PIDS[@]}" -gt 0 ]; do
     wait_for_a_second
+    ended=""
     for replica in "${!STEP_PIDS[@]}"; do
-      kill -0 "${STEP_PIDS[replica]}" 2>/dev/null || note_end "$replica"
+      if ! kill -0 "${STEP_PIDS[replica]}" 2>/dev/null; then
+        note_end "$replica"
+        ended=$SECONDS
+      fi
     done
-    if [ -n "$NOTICE" ] || [ -e "$RUN_FOLDER/DONE" ]; then
-      requested=${requested:-$SECONDS}
-      end_the_last "$requested"
-    else
+    if [ "${#STEP_PIDS[@]}" = 0 ]; then break; fi # all start again: a replica alone has nobody to join
+    if is_stopping; then
+      [ ! -e "$RUN_FOLDER/DONE" ] || ended=$SECONDS
+      last=${last:-$ended}
+      # srun kills its ranks
+      [ -z "$last" ] || [ $((SECONDS - last)) -lt "$LAST_SECONDS" ] || kill -TERM "${STEP_PIDS[@]}" 2>/dev/null
+    elif can_join; then
       for replica in "${!ENDED[@]}"; do settle "$replica"; done
       for replica in "${!AGAIN[@]}"; do start_again "$replica"; done
     fi
   done
   kill -KILL "$STORE_PID" 2>/dev/null
   for replica in "${!ENDED[@]}"; do STEP_LOGS+=("${FOLDER_OF[$replica]}"); done # those that the run has not outlived
+}
+
+is_stopping() { [ -n "$NOTICE" ] || [ -e "$RUN_FOLDER/DONE" ]; }
+
+can_join() { # whether a replica that starts again has others to join
+  [ -n "$ALIVE" ] && [ ! -e "$RUN_FOLDER/HOLD" ] && kill -0 "$STORE_PID" 2>/dev/null
 }
 
 wait_for_a_second() { # a signal ends it
@@ -134,16 +151,30 @@ settle() {
     return
   fi
   ! why=$(first_rank_of "${FOLDER_OF[$1]}" 3 134) || why=": rank $why"
+  if [[ $why = *"no replica is alive"* ]] && is_oldest "$1"; then # nor has any other that has started since
+    log "replica $1 has nobody to join$why"
+    ALIVE=""
+    return
+  fi
   log "the run continues without replica $1$why"
   AGAIN[$1]=$SECONDS
 }
 
-count_try() { # K: one more start of a replica; fails after MAX_STARTS without a new checkpoint
+is_oldest() { # K: whether no replica runs that has started before replica K
+  local other
+  for other in "${!STEP_PIDS[@]}"; do [ "${STARTED[other]}" -gt "${STARTED[$1]}" ] || return 1; done
+}
+
+has_tries() { # K: whether a replica has started less than MAX_STARTS times after the newest checkpoint
   local now
   now=$(progress)
-  [ "${BEFORE[$1]:-}" = "$now" ] || TRIES[$1]=0
+  [ "${BEFORE[$1]-}" = "$now" ] || TRIES[$1]=0
   BEFORE[$1]=$now
-  [ "${TRIES[$1]:-0}" -lt "$MAX_STARTS" ] || return 1
+  [ "${TRIES[$1]:-0}" -lt "$MAX_STARTS" ]
+}
+
+count_try() { # K
+  has_tries "$1"
   TRIES[$1]=$((${TRIES[$1]:-0} + 1))
 }
 
@@ -157,20 +188,21 @@ start_again() {
     log "replica $1 waits for $REPLICA_NODES free nodes"
     return
   fi
-  if ! count_try "$1"; then
+  if ! has_tries "$1"; then
     log "replica $1 waits for a checkpoint: it ended $MAX_STARTS times after ${BEFORE[$1]:-the beginning}"
     return
   fi
-  usable_nodes "$(paste -sd , <<<"$free")" "$REPLICA_NODES" >"$RUN_FOLDER/logs/usable" &
+  usable_nodes "$(paste -sd , <<<"$free")" "$REPLICA_NODES" >"$LOGS/usable" &
   await $!
-  mapfile -t nodes <"$RUN_FOLDER/logs/usable"
+  mapfile -t nodes <"$LOGS/usable"
   if [ "${#nodes[@]}" -lt "$REPLICA_NODES" ]; then
     log "replica $1 waits for $REPLICA_NODES usable nodes"
     return
   fi
-  [ -z "$NOTICE" ] || return 0
+  ! is_stopping || return 0 # checks take a while
   log "replica $1 starts again on ${nodes[*]}"
   unset "AGAIN[$1]"
+  count_try "$1"
   start_replica "$1" "$(printf '%s\n' "${nodes[@]}")" "${TRAIN[@]}" # without --take-over: it joins
 }
 
@@ -181,15 +213,4 @@ free_nodes() {
     BEGIN { split(used, names, " "); for (i in names) taken[names[i]]
       count = split(lost, names, " "); for (i = 1; i <= count; i++) losses[names[i]]++ }
     !($1 in taken) { print losses[$1] + 0, $1 }' | sort -s -n -k 1,1 | cut -d ' ' -f 2
-}
-
-# end_the_last SINCE: ends the replicas that are left, a while after the first one has ended as was requested.
-end_the_last() {
-  local replica
-  for replica in "${!ENDED[@]}"; do
-    if [ "${ENDED[replica]}" -ge "$1" ] && [ $((SECONDS - ENDED[replica])) -ge "$LAST_SECONDS" ]; then
-      kill -TERM "${STEP_PIDS[@]}" 2>/dev/null # srun kills its ranks
-      return
-    fi
-  done
 }

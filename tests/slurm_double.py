@@ -1,6 +1,7 @@
 """A double of Slurm's commands, for the shell functions of slurm/lib.sh: nodes with the answers that a test gives."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -74,22 +75,24 @@ def usable_nodes(folder: Path, nodes: Mapping[str, str], want: int, *, seconds: 
 REPLICA_SRUN = r"""#!/bin/bash
 for option in "$@"; do case $option in --nodelist=*) list=${option#*=} ;; esac; done
 case "$*" in *check-node.sh*)
+  touch "$DOUBLE/checks"
+  while [ -e "$DOUBLE/slow" ]; do sleep 0.05; done
   for node in ${list//,/ }; do
     if grep -qx "$node" "$DOUBLE/bad"; then echo "unusable $node: broken"; else echo "usable $node"; fi
   done
   exit ;;
 esac
-ends() { # CODE: of all ranks
+ends() { # CODE [REASON]: of all ranks
   local rank=0 node
   for node in ${list//,/ }; do
-    echo "$rank: megadistill: says $1" >>"$LOGS/$node.err"
+    echo "$rank: megadistill: ${2:-says $1}" >>"$LOGS/$node.err"
     echo "$((rank++)) $1" >>"$LOGS/$node.codes"
   done
   exit "$1"
 }
 finish() { touch "$RUN/DONE"; ends 0; }
 until_done() { until [ -e "$RUN/DONE" ]; do sleep 0.05; done; ends 0; }
-until_log() { until grep -q "$1" "$DOUBLE/log"; do sleep 0.05; done; }
+until_log() { until [ "$(grep -c "$1" "$DOUBLE/log")" -ge "${2:-1}" ]; do sleep 0.05; done; } # TEXT [LINES]
 until_starts() { until [ "$(wc -l <"$DOUBLE/starts")" -ge "$1" ]; do sleep 0.05; done; }
 until_notice() {
   trap 'echo "$START" >>"$DOUBLE/notices"; ends 3' USR2
@@ -97,6 +100,14 @@ until_notice() {
   while :; do sleep 0.05; done
 }
 lose() { sed -i "/^$1\$/d" "$DOUBLE/job"; } # NODE
+breaks() { echo "$1" >>"$DOUBLE/bad"; } # NODE
+is_mended() { sed -i "/^$1\$/d" "$DOUBLE/bad"; } # NODE
+attempt() { # as the replica that leads writes it
+  mkdir -p "$RUN/attempts"
+  echo "{\"SLURM_JOB_ID\": \"$SLURM_JOB_ID\", \"MASTER_PORT\": \"$MASTER_PORT\"}" >"$RUN/attempts/00001.json"
+}
+checkpoint() { mkdir -p "$RUN/checkpoints/step-$1"; } # STEP
+end_store() { kill -KILL "$(cat "$DOUBLE/newest-store")"; }
 START=${LOGS##*/} REPLICA=$MEGADISTILL_REPLICA
 read_from="$REPLICA|$MEGADISTILL_REPLICAS|$list|$MASTER_ADDR|$MASTER_PORT|$MEGADISTILL_STORE"
 echo "${START#*.}|$read_from|$*" >>"$DOUBLE/starts"
@@ -115,6 +126,7 @@ STORE = """\
 import os, pathlib, socket, sys
 server = socket.create_server(("", int(sys.argv[-1])), reuse_port=True)
 pathlib.Path(os.environ["DOUBLE"], f"store-{os.getpid()}").touch()
+pathlib.Path(os.environ["DOUBLE"], "newest-store").write_text(str(os.getpid()))
 while True:
     server.accept()[0].close()
 """
@@ -179,13 +191,26 @@ class ReplicaJob:
         script = "sleep() { command sleep 0.05; }; . slurm/replicas.sbatch"
         with open(self.folder / "log", "w") as log:
             return subprocess.Popen(
-                ["bash", "-c", script], cwd=ROOT, env=self._environment(names), stdout=log, stderr=log, text=True
+                ["bash", "-c", script],
+                cwd=ROOT,
+                env=self._environment(names),
+                stdout=log,
+                stderr=log,
+                text=True,
+                start_new_session=True,
             )
 
     def run(self, body: str, **options: object) -> tuple[int, str]:
         """The job's exit code and log."""
-        code = self.start(body, **options).wait(timeout=100)  # type: ignore[arg-type]
-        return code, self.log()
+        return self.end(self.start(body, **options)), self.log()  # type: ignore[arg-type]
+
+    def end(self, running: "subprocess.Popen[str]") -> int:
+        """The exit code of a job that ends by itself; one that does not is ended with all of its steps."""
+        try:
+            return running.wait(timeout=100)
+        except subprocess.TimeoutExpired:
+            os.killpg(running.pid, signal.SIGKILL)
+            raise AssertionError(f"the job has not ended:\n{self.log()}") from None
 
     def _environment(self, nodes: Sequence[str]) -> dict[str, str]:
         return {
@@ -221,10 +246,14 @@ class ReplicaJob:
     def notices(self) -> list[str]:
         return (self.folder / "notices").read_text(encoding="utf-8").split()
 
-    def stores(self) -> list[bool]:
-        """Of each store that was started, whether it has ended."""
-        pids = [path.name.partition("-")[2] for path in self.folder.glob("store-*")]
-        return [not Path("/proc", pid).exists() for pid in pids]
+    def stores(self) -> list[int]:
+        """The process of each store that was started."""
+        return [int(path.name.partition("-")[2]) for path in self.folder.glob("store-*")]
+
+    def await_end_of_stores(self, count: int) -> None:
+        """Waits for the end of all stores, of which there were so many."""
+        assert len(self.stores()) == count, self.log()
+        self.wait_for("the stores have ended", lambda: not any(map(_runs, self.stores())))
 
     def earlier_attempt(self) -> None:
         """An attempt of a former job, which Slurm no longer runs."""
@@ -236,3 +265,11 @@ class ReplicaJob:
         while not holds():
             assert time.monotonic() < end, f"not within 60 s: {what}\n{self.log()}"
             time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process has not ended; one that nobody has waited for yet has."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
