@@ -1,7 +1,8 @@
 """`python -m megadistill.distributed.store_server --port P`: the store in which replicas of a run meet.
 
 A process of its own, outside of all replicas, so that the loss of any of them leaves it. It holds some kilobytes, and
-ends by a signal. Whoever can reach the port can read and write it, as torch's own store on rank 0.
+ends by a signal, with the exit code of a shell (143 for SIGTERM): to a scheduler, 0 would be a Job that is complete,
+which nobody starts again. Whoever can reach the port can read and write it, as torch's own store on rank 0.
 """
 
 import argparse
@@ -31,5 +32,5 @@ def main() -> None:
 if __name__ == "__main__":
     for each in (signal.SIGTERM, signal.SIGINT):
         if signal.getsignal(each) is not signal.SIG_IGN:  # a batch script has it outlive the ranks, which save first
-            signal.signal(each, lambda *_: sys.exit(0))
+            signal.signal(each, lambda number, _: sys.exit(128 + number))
     main()

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,16 @@ def test_replicas_are_jobs_like_that_of_one_launch_which_start_again_by_themselv
     assert variables == {name: value for name, value in others.items() if name != "MASTER_ADDR"}
     del container["env"]
     assert its == job
+
+
+def test_a_store_that_is_deleted_with_its_node_has_failed() -> None:
+    """A Job whose pod ends with 0 is complete, so the JobSet would not start the replicas again, with a new store."""
+    command = [sys.executable, "-m", store_server.__name__, "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as store:
+        assert store.stdout is not None
+        assert "listening" in store.stdout.readline()
+        store.terminate()
+        assert store.wait(timeout=60) == 128 + signal.SIGTERM
 
 
 def test_the_image_has_the_script_that_the_manifests_start() -> None:
