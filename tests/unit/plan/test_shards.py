@@ -2,8 +2,8 @@
 
 import math
 import random
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -108,6 +108,75 @@ def test_faults_make_replicas_better_than_one_copy() -> None:
     assert rare[64].goodput == pytest.approx(1.0, abs=1e-3)
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A candidate's numbers, as `best_shard` reads them."""
+
+    shard: int
+    tokens: float
+    free: float
+    """Fraction of a device's memory; negative: it does not fit."""
+    all_reduce: float
+    """Fraction of a step."""
+
+    def candidate(self) -> ShardCandidate:
+        estimate_, step = MagicMock(), 2.0
+        estimate_.sharding.shard, estimate_.times.step = self.shard, step
+        estimate_.fits, estimate_.margin = self.free >= 0, self.free * 80e9
+        estimate_.cluster.accelerator.memory_bytes = 80e9
+        estimate_.times.across, estimate_.times.micro_steps = self.all_reduce * step / 4, 4
+        estimate_.tokens_per_second = self.tokens
+        advice = MagicMock()
+        advice.goodput.return_value = 1.0
+        return ShardCandidate(estimate_, advice)
+
+
+@pytest.mark.parametrize(
+    ("rows", "best"),
+    [
+        pytest.param([_Row(8, 100, 0.2, 0.0), _Row(16, 101, 0.2, 0.0)], 16, id="most tokens"),
+        pytest.param([_Row(8, 99.81, 0.2, 0.0), _Row(16, 100, 0.2, 0.0)], 8, id="equal: fewer ranks"),
+        pytest.param([_Row(8, 99.79, 0.2, 0.0), _Row(16, 100, 0.2, 0.0)], 16, id="not equal"),
+        pytest.param([_Row(8, 100, 0.2, 0.011), _Row(16, 100, 0.2, 0.009)], 16, id="an all-reduce that shows"),
+        pytest.param([_Row(8, 100, 0.2, 0.02), _Row(16, 100, 0.2, 0.02)], 8, id="all-reduces that all show"),
+        pytest.param([_Row(8, 110, 0.2, 0.02), _Row(16, 100, 0.2, 0.0)], 8, id="it shows, and is faster"),
+        pytest.param([_Row(8, 110, 0.09, 0.0), _Row(16, 100, 0.11, 0.0)], 16, id="a tight fit"),
+        pytest.param([_Row(8, 110, -0.1, 0.0), _Row(16, 100, 0.01, 0.0)], 16, id="tight fits alone"),
+        pytest.param([_Row(8, 100, 0.1, 0.01), _Row(16, 100, 0.2, 0.0)], 8, id="at both limits"),
+        pytest.param([_Row(8, 110, -0.1, 0.0)], None, id="none fits"),
+        pytest.param([], None, id="none"),
+    ],
+)
+def test_the_best_shard_goes_by_memory_then_tokens_then_the_all_reduce_then_ranks(
+    rows: list[_Row], best: int | None
+) -> None:
+    for order in (rows, rows[::-1]):
+        chosen = best_shard(tuple(row.candidate() for row in order))
+        assert (None if chosen is None else chosen.estimate.sharding.shard) == best
+
+
+@pytest.mark.parametrize(
+    ("nodes", "settings", "shards"),
+    [
+        pytest.param(4, {"vocab_group": 2}, [4, 8, 16], id="whole nodes"),
+        pytest.param(6, {"vocab_group": 2}, [4, 8, 24], id="each twice the last at least, without 12"),
+        pytest.param(6, {"vocab_group": 3}, [12, 24], id="whole groups"),
+        pytest.param(4, {"vocab_group": 2, "sequence": 4}, [8, 16], id="ranks that share sequences"),
+        pytest.param(4, {"vocab_group": 8}, [8, 16], id="groups of several nodes"),
+        pytest.param(6, {"vocab_group": 2, "shard": 12}, [4, 8, 12, 24], id="the recipe's own too"),
+        pytest.param(1, {"vocab_group": 2}, [], id="one node"),
+    ],
+)
+def test_candidates_are_whole_nodes_and_groups(nodes: int, settings: dict[str, int], shards: list[int]) -> None:
+    inputs = plan_input(teacher=None, distributed=settings, train={"global_batch": 48})
+    assert list(_candidates(inputs, cluster(nodes, 4))) == shards
+
+
+def test_one_copy_is_a_candidate_however_many_ranks_it_has() -> None:
+    inputs, _ = _large(accumulation=2)
+    assert list(_candidates(inputs, Cluster(128, 8, accelerator("h100")))) == [8, 16, 32, 64, 128, 256, 512, 1024]
+
+
 def _simulated(costs: SaveCosts, interval: float, *, faults: int) -> float:
     """Goodput of a run in which each fault ends one replica, or with the rest of the chance the run."""
     chance, wall, useful, since = random.Random(1), 0.0, 0.0, 0.0
@@ -151,9 +220,8 @@ def test_what_a_run_with_replicas_refuses_is_refused_here(distributed: dict[str,
         place(inputs.recipe, inputs, cluster(2, 4))
 
 
-def _placed(shard: int | None, *, local: bool = False) -> Estimate:
-    saves: dict[str, Any] = {"checkpoint": {"local": {"folder": "/local"}}} if local else {}
-    inputs, machines = plan_input(teacher=None, distributed={"shard": shard, "vocab_group": 2}, **saves), cluster(2, 4)
+def _placed(shard: int | None) -> Estimate:
+    inputs, machines = plan_input(teacher=None, distributed={"shard": shard, "vocab_group": 2}), cluster(2, 4)
     return estimate(place(inputs.recipe, inputs, machines), machines, MFU)
 
 
