@@ -25,8 +25,9 @@ Where data and teacher are elsewhere:
 
   megadistill plan RECIPE --nodes 64 --gpu h100 --sequence-length 8192 --teacher-config DIR
 
-On several nodes a table has the ranks of a replica of the student
-(distributed.shard) to choose from, and the advised number. To take another:
+On several nodes each of the best layouts has the ranks of a replica of the
+student (distributed.shard) that suit it best, by memory, latency and faults;
+a table has the others for the recipe's own layout. To take another:
 
   megadistill plan RECIPE --nodes 64 --gpu h100 --set distributed.shard=64
 
@@ -90,8 +91,10 @@ def add_plan_options(command: argparse.ArgumentParser, *, required: bool) -> Non
     option(command, "--teacher-mfu", "X", "expected MFU of the teacher's forward pass", default=0.18)
 
 
-def build_plan(recipe: Path, options: argparse.Namespace) -> Any:
+def build_plan(recipe: Path, options: argparse.Namespace, *, between_faults: float | None = None) -> Any:
     """The plan (`plan.search.Plan`) of a recipe, by the options that `add_plan_options` adds.
+
+    `between_faults`: mean time (s) between faults of the run; None: by the number of GPUs.
 
     Raises:
         UserError: one line.
@@ -107,7 +110,7 @@ def build_plan(recipe: Path, options: argparse.Namespace) -> Any:
     inputs = read_plan_input(
         recipe, options.set, sequence_length=options.sequence_length, teacher_config=options.teacher_config
     )
-    return plan(inputs, cluster, mfu)
+    return plan(inputs, cluster, mfu, between_faults=between_faults)
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -123,7 +126,7 @@ def _plan(options: argparse.Namespace) -> None:
     between_faults = None if options.fault_hours is None else 3600 * options.fault_hours
     if options.json != Path("-"):
         require_writable_file(options.json, "--json")
-    plan = build_plan(options.recipe, options)
+    plan = build_plan(options.recipe, options, between_faults=between_faults)
     law = None
     if plan.main is not None:
         law = forecast(plan.main.requirements, teacher_loss=options.teacher_loss, teacher_tokens=options.teacher_tokens)

@@ -100,7 +100,11 @@ def place(recipe: Recipe, inputs: PlanInput, cluster: Cluster) -> Sharding:
 
 
 def layouts(inputs: PlanInput, cluster: Cluster) -> Iterator[Layout]:
-    """Every layout worth counting, in no order; `place` may still refuse one."""
+    """Every layout worth counting, in no order; `place` may still refuse one.
+
+    The student is one copy, which needs the least memory, and has the replicas of the recipe: `plan.search` looks for
+    better numbers of ranks to a replica among the best of these.
+    """
     yield from _with_group(inputs, cluster, cluster.ranks)
     if inputs.stats.teacher is None or inputs.stats.teacher_name is not None:  # several are colocated
         return
@@ -128,7 +132,8 @@ def _with_group(
             continue
         for micro in divisors(inputs.recipe.train.global_batch * inputs.recipe.distributed.sequence // students):
             for recompute in CHECKPOINTING:
-                yield Layout(group, micro, recompute, teachers, stages, inputs.recipe.distributed.shard or 0)
+                for shard in sorted({0, inputs.recipe.distributed.shard or 0}):
+                    yield Layout(group, micro, recompute, teachers, stages, shard)
 
 
 def divisors(number: int) -> list[int]:

@@ -11,7 +11,7 @@ from megadistill.plan.estimate import Estimate, estimate
 from megadistill.plan.latency import micro_step_latency
 from megadistill.plan.layouts import Cluster, Layout, layouts, overrides, place, recipe_with_layout
 from megadistill.plan.plan_input import PlanInput
-from megadistill.plan.shards import TIGHT
+from megadistill.plan.shards import TIGHT, best_shard, shard_candidates
 from megadistill.plan.throughput import MfuAssumption
 from megadistill.student.deepspeed_config import low_precision_reduction
 from megadistill.units import count, spell
@@ -45,11 +45,11 @@ class Plan:
     refused: str | None
     """The reason for the refusal."""
     best: tuple[Estimate, ...]
-    """Layouts that fit, cheapest first; of similar pipelines only the best."""
+    """Layouts that fit, each with its best replicas of the student, cheapest first; of similar pipelines only one."""
     nearest: Estimate | None
     """The layout that misses least; None where one fits."""
     searched: int
-    """Number of valid layouts."""
+    """Number of valid layouts, without the other replicas of the best ones."""
     entries: tuple["EntryEstimate", ...]
     """Costs of each shape of the curriculum's steps, in the recipe's own layout; none where all steps have one. The
     others of this record are then those of the entry with the most tokens."""
@@ -91,8 +91,12 @@ class Plan:
         return overrides(proposal.sharding.recipe, self.inputs.recipe)
 
 
-def plan(inputs: PlanInput, cluster: Cluster, mfu: MfuAssumption) -> Plan:
-    """Raises UserError: the peak of the GPU at the recipe's precision is not known."""
+def plan(inputs: PlanInput, cluster: Cluster, mfu: MfuAssumption, *, between_faults: float | None = None) -> Plan:
+    """A recipe on a cluster. `between_faults`: mean time (s) between faults, None: by the GPUs (`fault_seconds`).
+
+    Raises:
+        UserError: the peak of the GPU at the recipe's precision is not known.
+    """
     cluster.accelerator.peak_flops(inputs.recipe.train.precision)
     own, refused = None, None
     try:
@@ -101,7 +105,7 @@ def plan(inputs: PlanInput, cluster: Cluster, mfu: MfuAssumption) -> Plan:
         refused = str(error)
     estimates = [each for each in _search(inputs, cluster, mfu) if own is None or each.layout != own.layout]
     estimates += [] if own is None else [own]
-    fitting = sorted((each for each in estimates if each.fits), key=_cost)
+    fitting = sorted(_with_best_shards(estimates, inputs, mfu, between_faults), key=_cost)
     nearest = max(estimates, key=lambda each: each.margin, default=None) if not fitting else None
     other = None if own is None else _checkpointing(own, estimates)
     entries = _entries(inputs, cluster, mfu)
@@ -152,6 +156,28 @@ def _search(inputs: PlanInput, cluster: Cluster, mfu: MfuAssumption) -> Iterator
             yield proposal
             if not proposal.fits:
                 break
+
+
+def _with_best_shards(
+    estimates: Iterable[Estimate], inputs: PlanInput, mfu: MfuAssumption, between_faults: float | None
+) -> Iterator[Estimate]:
+    """The layouts that fit, each with the ranks of a replica of the student that suit it best (`best_shard`).
+
+    Those that could be no proposals are left out: by their cost without latency, which smaller rings would save.
+    """
+    fitting: dict[Layout, Estimate] = {}
+    for each in sorted((each for each in estimates if each.fits), key=_cost, reverse=True):
+        fitting[replace(each.layout, shard=0)] = each  # the cheapest
+    hours = {layout: _hours_without_latency(each) for layout, each in fitting.items()}
+    for layout, each in fitting.items():
+        similar = (hours[other] for other in hours if (other.teacher_ranks > 0) == (layout.teacher_ranks > 0))
+        if hours[layout] <= MAX_COST_RATIO * min(similar):
+            best = best_shard(shard_candidates(each, inputs, mfu, between_faults=between_faults))
+            yield each if best is None else best.estimate
+
+
+def _hours_without_latency(proposal: Estimate) -> float:
+    return proposal.times.without_latency.seconds(proposal.sharding.steps) * proposal.cluster.ranks
 
 
 def _cost(proposal: Estimate) -> tuple[float, int]:

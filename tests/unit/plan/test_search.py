@@ -12,6 +12,7 @@ from megadistill.plan.output.plan_json import to_json
 from megadistill.plan.plan_input import PlanInput
 from megadistill.plan.scaling_law import forecast, supervised_loss
 from megadistill.plan.search import MAX_COST_RATIO, Plan, plan, remedies
+from megadistill.plan.shards import TIGHT
 from megadistill.plan.throughput import FLOAT8_SPEEDUP, MfuAssumption
 from tests.unit.plan.tiny import TINY, cluster, plan_input
 
@@ -42,6 +43,31 @@ def test_nothing_that_fits_is_cheaper_than_the_best() -> None:
     assert apart, "both placements are shown"
     for before, after in pairwise(result.best[:-1]):
         assert before.gpu_hours <= after.gpu_hours * 1.01 < MAX_COST_RATIO * 1.01 * result.best[0].gpu_hours
+
+
+@pytest.mark.parametrize("memory", [1.0, 0.5, 0.25])
+def test_no_pair_of_a_layout_and_a_shard_is_cheaper_than_the_best(memory: float) -> None:
+    """Four slow nodes, where a replica within a node is the fastest if it fits. With less memory its layout differs."""
+    whole = plan_input(teacher=None)
+    everything = [
+        each
+        for shard in (None, 4, 8)
+        for each in _all(plan_input(teacher=None, distributed={"shard": shard}), cluster(4, 4))
+        if (shard or 0) == each.layout.shard
+    ]
+    assert {each.layout.shard for each in everything} == {0, 4, 8}
+    sizes = sorted(each.memory for each in everything)
+    device = sizes[round(memory * (len(sizes) - 1))] / 1e9 / (1 - TIGHT)
+    comfortable = [each for each in everything if each.memory <= (1 - TIGHT) * device * 1e9]
+    cheapest = min(comfortable, key=lambda each: each.gpu_hours)
+    result = plan(whole, cluster(4, 4, memory_gb=device), MfuAssumption())
+    assert result.best[0].gpu_hours <= 1.01 * cheapest.gpu_hours
+    copies = [each.gpu_hours for each in comfortable if each.layout.shard == 0]
+    if memory == 1.0:
+        assert cheapest.gpu_hours < 0.9 * min(copies), "a search among copies alone misses it"
+        assert result.best[0].layout.shard == cheapest.layout.shard
+    settings = " ".join(result.settings(result.best[0]))
+    assert (f"distributed.shard={result.best[0].layout.shard}" in settings) == (result.best[0].layout.shard > 0)
 
 
 def test_a_smaller_device_leaves_fewer_layouts_and_the_same_order() -> None:

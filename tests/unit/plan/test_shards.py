@@ -118,6 +118,7 @@ class _Row:
     """Fraction of a device's memory; negative: it does not fit."""
     all_reduce: float
     """Fraction of a step."""
+    goodput: float = 1.0
 
     def candidate(self) -> ShardCandidate:
         estimate_, step = MagicMock(), 2.0
@@ -127,7 +128,7 @@ class _Row:
         estimate_.times.across, estimate_.times.micro_steps = self.all_reduce * step / 4, 4
         estimate_.tokens_per_second = self.tokens
         advice = MagicMock()
-        advice.goodput.return_value = 1.0
+        advice.goodput.return_value = self.goodput
         return ShardCandidate(estimate_, advice)
 
 
@@ -135,6 +136,7 @@ class _Row:
     ("rows", "best"),
     [
         pytest.param([_Row(8, 100, 0.2, 0.0), _Row(16, 101, 0.2, 0.0)], 16, id="most tokens"),
+        pytest.param([_Row(8, 90, 0.2, 0.0, 1.0), _Row(16, 100, 0.2, 0.0, 0.8)], 8, id="most useful tokens"),
         pytest.param([_Row(8, 99.81, 0.2, 0.0), _Row(16, 100, 0.2, 0.0)], 8, id="equal: fewer ranks"),
         pytest.param([_Row(8, 99.79, 0.2, 0.0), _Row(16, 100, 0.2, 0.0)], 16, id="not equal"),
         pytest.param([_Row(8, 100, 0.2, 0.011), _Row(16, 100, 0.2, 0.009)], 16, id="an all-reduce that shows"),
@@ -169,12 +171,15 @@ def test_the_best_shard_goes_by_memory_then_tokens_then_the_all_reduce_then_rank
 )
 def test_candidates_are_whole_nodes_and_groups(nodes: int, settings: dict[str, int], shards: list[int]) -> None:
     inputs = plan_input(teacher=None, distributed=settings, train={"global_batch": 48})
-    assert list(_candidates(inputs, cluster(nodes, 4))) == shards
+    candidates = _candidates(inputs, cluster(nodes, 4))
+    assert list(candidates) == shards
+    if shards:
+        assert candidates[shards[-1]].estimate.sharding.recipe.distributed.shard is None, "one copy, of any ranks"
 
 
 def test_one_copy_is_a_candidate_however_many_ranks_it_has() -> None:
-    inputs, _ = _large(accumulation=2)
-    assert list(_candidates(inputs, Cluster(128, 8, accelerator("h100")))) == [8, 16, 32, 64, 128, 256, 512, 1024]
+    inputs, _ = _large(accumulation=4)
+    assert list(_candidates(inputs, Cluster(256, 8, accelerator("h100")))) == [8, 16, 32, 64, 128, 256, 512, 2048]
 
 
 def _simulated(costs: SaveCosts, interval: float, *, faults: int) -> float:
@@ -244,4 +249,6 @@ def test_the_json_has_the_candidates_and_the_advised_one() -> None:
     assert values["replicas"]["advised"] in (4, 8)
     assert values["own"]["shard"] == 4
     assert values["own"]["student_replicas"] == 2
-    assert all("distributed.shard" not in setting for each in values["best"] for setting in each["set"])
+    for each in values["best"]:
+        setting = {4: [], 8: ["distributed.shard=null"]}[each["shard"]]
+        assert [one for one in each["set"] if "distributed.shard" in one] == setting
