@@ -3,12 +3,12 @@
 # that has ended is started again on free nodes of the job, and joins the run. Each start has its own port, and its own
 # files: LOGS/K.N is the folder of the N-th start, one of replica K. Sourced after slurm/train.sh.
 # shellcheck disable=SC2030,SC2031,SC2034 # LOGS is a start's own; lib.sh uses what is set here
-RUN_STEPS=run_replicas STARTS=0 LOST_NODES="" ALIVE=yes
+RUN_STEPS=run_replicas STARTS=0 LOST_NODES=""
 SETTLE_SECONDS=${SETTLE_SECONDS:-15} # after a replica's end: the others have ended by then too, if the run has
 RETRY_SECONDS=${RETRY_SECONDS:-300}  # between two looks for free nodes
 LAST_SECONDS=${LAST_SECONDS:-120}    # for the others, after the first replica has ended as requested
 # of replica K: time of its end, and of its next start; starts after the checkpoint BEFORE; time, nodes and logs of its
-# last start. ALIVE: whether a replica that starts again may have others to join
+# last start
 ENDED=() AGAIN=() TRIES=() BEFORE=() STARTED=() NODES_OF=() FOLDER_OF=()
 
 # The store of the replicas is a process of this script, on the batch host: it outlives all replicas, but not the job.
@@ -83,7 +83,7 @@ start_replica() {
 # run_replicas: starts REPLICAS of COMMAND on STEP_NODES, and those again that end, until all have ended.
 run_replicas() {
   local nodes replica ended last=""
-  ENDED=() AGAIN=() TRIES=() BEFORE=() STARTED=() NODES_OF=() FOLDER_OF=() MASTER_PORTS="" ALIVE=yes
+  ENDED=() AGAIN=() TRIES=() BEFORE=() STARTED=() NODES_OF=() FOLDER_OF=() MASTER_PORTS=""
   start_store || return 1
   if is_stopping; then # a notice reaches no replica that starts after it
     kill -KILL "$STORE_PID" 2>/dev/null
@@ -121,7 +121,7 @@ run_replicas() {
 is_stopping() { [ -n "$NOTICE" ] || [ -e "$RUN_FOLDER/DONE" ]; }
 
 can_join() { # whether a replica that starts again has others to join
-  [ -n "$ALIVE" ] && [ ! -e "$RUN_FOLDER/HOLD" ] && kill -0 "$STORE_PID" 2>/dev/null
+  [ ! -e "$RUN_FOLDER/HOLD" ] && kill -0 "$STORE_PID" 2>/dev/null
 }
 
 wait_for_a_second() { # a signal ends it
@@ -151,9 +151,8 @@ settle() {
     return
   fi
   ! why=$(first_rank_of "${FOLDER_OF[$1]}" 3 134) || why=": rank $why"
-  if [[ $why = *"no replica is alive"* ]] && is_oldest "$1"; then # nor has any other that has started since
+  if [[ $why = *"no replica is alive"* ]] && is_oldest "$1"; then # nor have those that have started since
     log "replica $1 has nobody to join$why"
-    ALIVE=""
     return
   fi
   log "the run continues without replica $1$why"
