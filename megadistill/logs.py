@@ -35,8 +35,17 @@ def configure(rank: int, *, replica: str | None = None) -> None:
     PACKAGE.setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
+def log_run(*, here: bool) -> None:
+    """Where replicas are launches of their own: INFO lines are about the whole run, and come from here, or from another
+    process. `configure` lets the first rank of each replica log its own start."""
+    PACKAGE.setLevel(logging.INFO if here else logging.WARNING)
+
+
 def add_file(path: Path, rank: int) -> None:
-    """Appends log lines to a file as well, until the process ends or `configure` is called."""
+    """Appends log lines to a file as well, until the process ends or `configure` is called; twice is once."""
+    files = [each.baseFilename for each in PACKAGE.handlers if isinstance(each, logging.FileHandler)]
+    if str(path.absolute()) in files:
+        return
     handler = _FileHandler(path, encoding="utf-8")
     handler.setFormatter(_Formatter(rank))
     PACKAGE.addHandler(handler)

@@ -149,7 +149,7 @@ def _own_checks(path: Path, overrides: Sequence[str], launch: Launch) -> tuple[R
 
 def _needs(setup: Setup, launch: Launch) -> Mapping[str, Mapping[str, int]]:
     """Bytes that this rank will hold, by tensors, on its `device` and on its `host`."""
-    students = launch.world if setup.roles is None else setup.roles.students
+    students = setup.ranks  # of all replicas, those too that are launches of their own
     student, length = setup.student_config, setup.data.sequence_length
     if setup.teachers:
         shares = setup.teacher_shares()

@@ -53,7 +53,11 @@ SHARD_SECONDS = 10.0
 def check_recipe(
     own: RankReport, path: Path, overrides: Sequence[str], launch: Launch
 ) -> tuple[Recipe | None, Setup | None]:
-    """The recipe, if it can be read, and the inputs of a run, if no check fails."""
+    """The recipe, if it can be read, and the inputs of a run, if no check fails.
+
+    `launch`: this rank's; where its replica is a launch of its own, the checks are of the ranks of all replicas.
+    """
+    own_launch, launch = launch, launch.of_all_replicas()
     recipe = own.check("recipe", lambda: (load_recipe(path, overrides), f"{path} is valid"))
     if recipe is None:
         return None, None
@@ -86,7 +90,7 @@ def check_recipe(
     except UserError:  # the checks above have each of its reasons
         return recipe, None
     try:
-        setup = prepare(recipe, launch)
+        setup = prepare(recipe, own_launch)
     except (UserError, OSError) as error:
         if str(error) not in details:
             own.add("setup", Status.FAIL, str(error))

@@ -34,6 +34,8 @@ class RankFile(BaseModel):
     role: Literal["student", "teacher"]
     stage: Number | None = None
     """The teacher's stage on this rank."""
+    replica: Number | None = None
+    """Number of this rank's replica of the student; None where there is one."""
     node: Name
     clock: Literal["host", "device"]
     window: tuple[Number, Number]
@@ -124,8 +126,15 @@ def _lane(file: RankFile, offset: float, path: Path) -> Lane:
         )
     if any(not step.begin <= step.end for step in steps):
         raise UserError(f"{path} is damaged: a step ends before it begins; remove the folder and record again")
-    stage = "" if file.stage is None else f" stage {file.stage}" if file.role == "teacher" else f", stage {file.stage}"
-    return Lane(file.rank, f"{file.role}{stage}", file.node, spans, steps)
+    return Lane(file.rank, _role(file), file.node, spans, steps)
+
+
+def _role(file: RankFile) -> str:
+    """`student`, with its replica and the teacher's stage where they have a number; `teacher stage 1`."""
+    if file.role == "teacher":
+        return "teacher" if file.stage is None else f"teacher stage {file.stage}"
+    replica = "" if file.replica is None else f", replica {file.replica}"
+    return f"student{replica}{'' if file.stage is None else f', stage {file.stage}'}"
 
 
 def _offsets(files: Sequence[RankFile]) -> dict[str, float]:

@@ -19,7 +19,7 @@ from megadistill.data.stream.segments import steps_to
 from megadistill.distributed.collectives import all_reduce_sum, broadcast_object
 from megadistill.distributed.groups.guard import ReplicasChanged
 from megadistill.distributed.launch import SeparateReplica
-from megadistill.distributed.members import Members
+from megadistill.distributed.members import Epoch, Members
 from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault, RestartFault, UserError
 from megadistill.events import last_step
@@ -164,6 +164,7 @@ def _epochs(
                 ended = True
                 return None
             topology = point.epoch.topology
+            _log_run(setup, point.epoch)
             stops.first, own = topology.is_first, setup.with_replicas(topology.replicas)
             after = None if takes_over or point.epoch.number > 1 else _free_folder(own, topology)
             stops.somebody_waits = lambda: members.somebody_waits
@@ -178,6 +179,19 @@ def _epochs(
                 return outcome
     finally:
         members.close(ended=ended)
+
+
+def _log_run(setup: Setup, epoch: Epoch) -> None:
+    """Lines about the whole run come from one replica: that with rank 0, which may be lost. The others name it."""
+    topology = epoch.topology
+    if not topology.is_first:
+        place = (setup.number_of_replica(topology), topology.replicas, epoch.members[0].replica)
+        logger.info(
+            "replica %d is one of %d in the run, whose lines are in the log of replica %d, and in %s",
+            *place,
+            setup.folder / "log.txt",
+        )
+    logs.log_run(here=topology.is_first)
 
 
 def _free_folder(setup: Setup, topology: Topology) -> int:

@@ -59,6 +59,30 @@ def test_a_file_has_the_same_lines_and_is_appended_to(tmp_path: Path, capsys: py
     assert (tmp_path / "log.txt").read_text(encoding="utf-8").splitlines() == printed[:2]
 
 
+def test_a_file_that_is_added_again_has_a_line_once(tmp_path: Path) -> None:
+    """As where replicas come and go, and the same one writes on."""
+    logs.configure(0, replica="1")
+    for _ in range(2):
+        logs.add_file(tmp_path / "log.txt", 0)
+    logger.info("once")
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8").count("once") == 1
+
+
+def test_lines_of_the_run_come_from_the_replica_that_logs_it_and_warnings_from_all(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    logs.configure(0, replica="1")
+    logger.info("models loaded")
+    logs.log_run(here=False)
+    logger.info("step 1")
+    logger.warning("the disk is full")
+    logs.log_run(here=True)  # the replica that did it before is lost
+    logger.info("step 2")
+    printed = capsys.readouterr()
+    assert [line.split(": ")[-1] for line in printed.out.splitlines()] == ["models loaded", "step 2"]
+    assert "replica 1 rank 0" in printed.err
+
+
 def test_no_secret_gets_into_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure(0)
     logs.add_file(tmp_path / "log.txt", 0)

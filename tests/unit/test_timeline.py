@@ -241,6 +241,14 @@ def test_ranks_of_two_nodes_are_put_on_one_clock(tmp_path: Path) -> None:
     assert one.window == pytest.approx((0.0, 2.0))
 
 
+def test_a_rank_of_several_replicas_has_the_number_of_its_own(tmp_path: Path) -> None:
+    first, second, teacher = _files()
+    files = [first.model_copy(update={"replica": 0}), second.model_copy(update={"replica": 1, "stage": 0}), teacher]
+    read = read_timeline(_written(tmp_path, files))
+    roles = ["student, replica 0", "student, replica 1, stage 0", "teacher stage 0"]
+    assert [lane.role for lane in read.lanes] == roles
+
+
 def test_the_note_has_the_known_error_of_the_clocks(tmp_path: Path) -> None:
     """By a clock that has drifted by 0.5 s, the teacher's answer is sent after it has arrived."""
     late = read_timeline(_written(tmp_path / "late", _files(node="b", clock=-7.0, lag=0.5)))

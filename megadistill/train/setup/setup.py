@@ -151,6 +151,12 @@ class Setup:
             teachers={name: each.with_replicas(replicas) for name, each in self.teachers.items()},
         )
 
+    def number_of_replica(self, topology: Topology) -> int | None:
+        """Number of this rank's replica of the student, as its launch has it; None where there is one alone."""
+        if self.separate is not None:
+            return self.separate.replica
+        return topology.replica if topology.replicas > 1 else None
+
     @property
     def has_shapes(self) -> bool:
         """Whether curriculum entries decide the shape of steps: one entry alone may, too."""

@@ -109,6 +109,7 @@ def _write(setup: Setup, topology: Topology, recorder: Recorder, barriers: tuple
         world=topology.world if bridge is None else bridge.roles.world,
         role=topology.role,
         stage=topology.group_rank if has_stage else None,
+        replica=setup.number_of_replica(topology),
         node=_node(),
         clock="host" if topology.device.type == "cpu" else "device",
         window=(window[0], window[1]),

@@ -13,6 +13,7 @@ from megadistill.distributed.launch import Launch
 from megadistill.distributed.roles import Roles
 from megadistill.distributed.topology import Topology
 from megadistill.events import read_events, read_validations
+from megadistill.timeline.files import read_timeline
 from megadistill.train.checkpoint.format import newest_checkpoint
 from megadistill.train.loop import run
 from megadistill.train.setup.setup import prepare
@@ -133,6 +134,8 @@ def test_a_run_of_replicas_has_the_numbers_of_one(manifest: Path, teacher: Path,
         assert [path.name for path in sorted((folders[1] / "timeline").glob("rank-*.json"))] == [
             f"rank-0000{rank}.json" for rank in range(world)
         ]
+        roles = [f"student, replica {rank // shard}, stage {rank % shard}" for rank in range(world)]
+        assert [lane.role for lane in read_timeline(folders[1]).lanes] == roles
         assert (folders[1] / "profile" / "rank-00003.json.gz").exists()
 
 
@@ -188,6 +191,34 @@ def test_a_restart_goes_on_from_the_local_save_of_the_same_shards_alone(
     assert ours == theirs
     parameters, others = _parameters(tmp_path / "run"), _parameters(undisturbed)
     assert all(torch.equal(parameters[name], others[name]) for name in others)
+
+
+def _train_durably(topology: Topology, manifest: str, folder: str, teacher: str, stop_after: int | None) -> None:
+    """A run with a checkpoint of step 2 alone, apart from that of its end."""
+    values = _recipe(Path(manifest), Path(teacher), Path(folder), {}, world=topology.world).snapshot()
+    values["distributed"] |= {"shard": topology.shard_world, "vocab_group": topology.group_size}
+    values["validation"] = None
+    launch = Launch(topology.rank, topology.world, topology.local_rank, topology.world)
+    run(prepare(Recipe.model_validate(values), launch), topology, stop_after=stop_after)
+
+
+@pytest.mark.parametrize("shard", [1, 2])
+def test_a_run_of_replicas_that_is_resumed_is_the_undisturbed_one_to_the_bit(
+    manifest: Path, teacher: Path, tmp_path: Path, shard: int
+) -> None:
+    """From a durable checkpoint, of two replicas: losses and all other numbers, and the master weights."""
+    folders = (tmp_path / "undisturbed", tmp_path / "resumed")
+    for folder, stops in zip(folders, ([None], [2, None]), strict=True):
+        for stop_after in stops:
+            arguments = (str(manifest), str(folder), str(teacher), stop_after)
+            run_ranks(2 * shard, _train_durably, *arguments, replicas=2)
+    assert (_resumed(folders[1])["step"], _resumed(folders[1]).get("tier")) == (2, None)
+    undisturbed, resumed = (_numbers(folder) for folder in folders)
+    assert len(undisturbed) == STEPS
+    assert resumed == undisturbed
+    truth, parameters = (_parameters(folder) for folder in folders)
+    assert truth.keys() == parameters.keys()
+    assert all(torch.equal(parameters[name], truth[name]) for name in truth)
 
 
 def test_a_rollback_goes_back_to_a_local_save_of_replicas(manifest: Path, tmp_path: Path) -> None:

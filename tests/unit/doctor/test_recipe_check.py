@@ -1,12 +1,13 @@
 """Every part of a recipe is looked at, whatever is wrong with another; what a run refuses is never missing."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megadistill.distributed.launch import Launch
+from megadistill.distributed.launch import Launch, SeparateReplica
 from megadistill.doctor import recipe_check
 from megadistill.doctor.comparison import contents_row
 from megadistill.doctor.rank_report import RankReport, Status
@@ -56,6 +57,14 @@ def test_a_refusal_is_one_row(tmp_path: Path) -> None:
     failed = {result.check: result.detail for result in own.results if result.status is Status.FAIL}
     assert list(failed) == ["launch", "shards"], "those of described data are not there"
     assert "vocab_group is 2" in failed["launch"]
+
+
+def test_a_replica_that_is_a_launch_of_its_own_is_one_of_all(tmp_path: Path) -> None:
+    launch = replace(ONE, separate=SeparateReplica(1, 2, "n1", 29600))
+    own, _ = _checked(tmp_path, _well(tmp_path), launch)
+    (row,) = [result for result in own.results if result.check == "launch"]
+    assert (row.status, row.detail.startswith("2 ranks,")) == (Status.OK, True)
+    assert row.detail.endswith("2 replicas of 1 rank")
 
 
 def test_what_only_the_whole_shows_is_a_row_of_its_own(tmp_path: Path) -> None:
