@@ -399,10 +399,29 @@ def _connect(separate: SeparateReplica, timeout: timedelta) -> Any:
         RestartFault: the store does not answer.
     """
     try:
+        _await_answer(separate, timeout)
         return TCPStore(separate.host, separate.port, None, False, timeout, False)
-    except (RuntimeError, dist.DistError) as error:
+    except (RuntimeError, OSError, UnicodeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise RestartFault(
-            f"the store of the replicas, MEGADISTILL_STORE={printable(separate.store)}, does not answer "
-            f"({printable(str(error).splitlines()[0])[:200]}): start it with python -m "
+            f"the store of the replicas, MEGADISTILL_STORE={printable(separate.store)}, does not answer after "
+            f"{timeout.total_seconds():.0f} s ({printable(reason)[:200]}): start it with python -m "
             "megadistill.distributed.store_server --port P, before the replicas"
         ) from None
+
+
+def _await_answer(separate: SeparateReplica, timeout: timedelta) -> None:
+    """Waits until something listens at the store's address: torch's own attempts print the frames of their C++ code.
+
+    Raises:
+        OSError: nothing does, in time.
+    """
+    end = time.monotonic() + timeout.total_seconds()
+    while True:
+        try:
+            with socket.create_connection((separate.host.strip("[]"), separate.port), timeout=5.0):
+                return
+        except (OSError, UnicodeError):
+            if time.monotonic() >= end:
+                raise
+        time.sleep(0.1)

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
+from megadistill.distributed import members
 from megadistill.distributed.groups.guard import Guard
 from megadistill.distributed.groups.presence import Presence
 from megadistill.distributed.launch import Launch, SeparateReplica, replica_launch
-from megadistill.errors import UserError
+from megadistill.errors import RestartFault, UserError
 
 PLACE = {"MEGADISTILL_REPLICA": "1", "MEGADISTILL_REPLICAS": "3", "MEGADISTILL_STORE": "node7:29400"}
 
@@ -51,6 +52,18 @@ def test_a_wrong_place_is_refused(changes: dict[str, str | None], line: str, mon
     with pytest.raises(UserError, match=line) as refused:
         Launch.from_environment()
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "nowhere.invalid"])
+def test_a_store_that_does_not_answer_is_one_line(host: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:  # bound, and not listening
+        taken.bind(("127.0.0.1", 0))
+        separate = SeparateReplica(0, 2, host, taken.getsockname()[1])
+        line = f"MEGADISTILL_STORE={separate.store}, does not answer after 1 s .*start it"
+        with pytest.raises(RestartFault, match=line):
+            members._connect(separate, timedelta(seconds=1))
+    output = capfd.readouterr()
+    assert (output.out, output.err) == ("", ""), "torch printed the frames of its C++ code"
 
 
 def test_ranks_of_all_replicas_are_counted_by_replica() -> None:
