@@ -36,8 +36,10 @@ def configure(rank: int, *, replica: str | None = None) -> None:
 
 
 def log_run(*, here: bool) -> None:
-    """Where replicas are launches of their own: INFO lines are about the whole run, and come from here, or from another
-    process. `configure` lets the first rank of each replica log its own start."""
+    """INFO lines, which are about the whole run, come from this process, or from one of another replica's launch.
+
+    Before this call each replica's first rank logs its own start, as `configure` says.
+    """
     PACKAGE.setLevel(logging.INFO if here else logging.WARNING)
 
 
