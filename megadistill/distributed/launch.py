@@ -57,7 +57,7 @@ class SeparateReplica:
 
     @property
     def store(self) -> str:
-        return f"{self.host}:{self.port}"
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     @classmethod
     def from_environment(cls) -> "SeparateReplica | None":
@@ -79,12 +79,13 @@ class SeparateReplica:
         host, _, port = store.rpartition(":")
         if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
             raise UserError(
-                f"MEGADISTILL_REPLICA is {printable(number)[:40]} and MEGADISTILL_REPLICAS {printable(count)[:40]}: "
+                f"MEGADISTILL_REPLICA is {printable(number)[:40] or 'empty'} and MEGADISTILL_REPLICAS "
+                f"{printable(count)[:40] or 'empty'}: "
                 "replicas count from 0 to one less than their number"
             )
         if not (host and port.isdecimal() and 0 < int(port) < 1 << 16):
             raise UserError(f"MEGADISTILL_STORE is {printable(store)[:80]}: give HOST:PORT")
-        return cls(int(number), int(count), host, int(port))
+        return cls(int(number), int(count), host.removeprefix("[").removesuffix("]"), int(port))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -36,6 +36,7 @@ from megadistill.distributed.groups.guard import Guard
 from megadistill.distributed.groups.presence import Presence
 from megadistill.distributed.groups.unregistered import unregistered_group
 from megadistill.distributed.launch import SeparateReplica
+from megadistill.distributed.rendezvous import await_answer, require_address
 from megadistill.distributed.topology import Topology
 from megadistill.errors import RestartFault
 from megadistill.io import parse_json
@@ -52,6 +53,7 @@ SILENCE_SECONDS = 10.0
 """Time (s) without a heartbeat after which a replica is lost whose connection is open: its host is gone, or frozen."""
 LOOK_SECONDS = 0.05
 FOREVER = timedelta(days=365)
+STOPPED = {"problem": "stopped while it waited for the other replicas of the student, before it had taken a step"}
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ class Members:
 
     def __init__(self, separate: SeparateReplica, alone: Topology, *, minimum: int) -> None:
         self._separate, self._alone, self._minimum = separate, alone, minimum
+        self.is_stopped: Callable[[], bool] = lambda: False
+        """Whether this process was asked to stop, which the leader obeys while it waits for the first epoch."""
         self._timeout = alone.timeout or timedelta(minutes=10)
         self._leads = alone.shard_rank == 0
         self._store: Any = _connect(separate, self._timeout)
@@ -211,6 +215,8 @@ class Members:
                 return self._checked(self._record(number))
             if self._has_ended():
                 return {"ended": True}
+            if self._epoch is None and self.is_stopped():
+                return STOPPED
             candidates = self._candidates(number, late=time.monotonic() > deadline)
             if candidates and candidates[0].id == self._id:
                 self._decide(number, candidates)
@@ -222,6 +228,8 @@ class Members:
         while True:
             if self._store.check(["ended"]):
                 return {"ended": True}
+            if self.is_stopped():
+                return STOPPED
             while self._store.check([f"epoch/{number}"]):
                 record = self._record(number)
                 members = [member["id"] for member in record["members"]]
@@ -396,32 +404,15 @@ def _arrived(store: Any) -> list[Member]:
 def _connect(separate: SeparateReplica, timeout: timedelta) -> Any:
     """
     Raises:
-        RestartFault: the store does not answer.
+        UserError: the host of the store has no address. RestartFault: the store does not answer.
     """
+    deadline = time.monotonic() + timeout.total_seconds()
+    where = f"MEGADISTILL_STORE={printable(separate.store)}, the store of the replicas"
+    require_address(separate.host, separate.port, deadline, where, "give HOST:PORT of the process that holds it")
+    absent = "start python -m megadistill.distributed.store_server --port P there, or a firewall is in between"
     try:
-        _await_answer(separate, timeout)
+        await_answer(separate.host, separate.port, deadline, where, absent)
         return TCPStore(separate.host, separate.port, None, False, timeout, False)
-    except (RuntimeError, OSError, UnicodeError) as error:
+    except (RuntimeError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise RestartFault(
-            f"the store of the replicas, MEGADISTILL_STORE={printable(separate.store)}, does not answer after "
-            f"{timeout.total_seconds():.0f} s ({printable(reason)[:200]}): start it with python -m "
-            "megadistill.distributed.store_server --port P, before the replicas"
-        ) from None
-
-
-def _await_answer(separate: SeparateReplica, timeout: timedelta) -> None:
-    """Waits until something listens at the store's address: torch's own attempts print the frames of their C++ code.
-
-    Raises:
-        OSError: nothing does, in time.
-    """
-    end = time.monotonic() + timeout.total_seconds()
-    while True:
-        try:
-            with socket.create_connection((separate.host.strip("[]"), separate.port), timeout=5.0):
-                return
-        except (OSError, UnicodeError):
-            if time.monotonic() >= end:
-                raise
-        time.sleep(0.1)
+        raise RestartFault(f"{where}: no connection ({printable(reason)[:200]}): {absent}") from None

@@ -9,6 +9,7 @@ made printable.
 import errno
 import ipaddress
 import json
+import logging
 import os
 import secrets
 import socket
@@ -25,6 +26,8 @@ from megadistill.errors import OperatorFault, RankUserError, RestartFault, UserE
 from megadistill.redaction import printable
 from megadistill.units import number_of
 
+logger = logging.getLogger(__name__)
+
 WAITS_FOR_RANKS = True
 """A thread with a frame of this module waits for other ranks (see `watchdog.stack_probe`)."""
 
@@ -32,6 +35,8 @@ NAME_SECONDS = 60.0
 """Time limit (s) for the name of MASTER_ADDR to be known: a scheduler may start a node before it can be looked up."""
 PORT_SECONDS = 10.0
 """Time limit (s) for MASTER_PORT to be free on rank 0: an attempt that has just ended may hold it for a moment."""
+QUIET_SECONDS = 5.0
+"""Time (s) of waiting after which the log says so."""
 MAX_VALUE = 4096
 """Bytes of the longest value that a rank writes here."""
 
@@ -80,17 +85,22 @@ def _address() -> tuple[str, int]:
 
 def _connect(launch: Launch, host: str, port: int, timeout: timedelta, deadline: float, where: str) -> Store:
     """The launch's store, which is on rank 0 or, under torchrun, in its first agent."""
-    _require_address(host, port, deadline, where)
+    require_address(host, port, deadline, f"{where}: {host}", _ADDRESS)
     if launch.rank == 0 and not has_agent_store():
         listening = _listening(host, port, deadline, where)
         port = listening.getsockname()[1]
         return TCPStore(host, port, launch.world, True, timeout, False, True, listening.detach())
-    _await_answer(host, port, deadline, where)  # torch's own attempts print the frames of their C++ code
+    absent = f"rank 0 has not started, or a firewall is in between; {_ADDRESS}"
+    await_answer(host, port, deadline, where, absent)
     return TCPStore(host, port, launch.world, False, timeout, False)
 
 
-def _require_address(host: str, port: int, deadline: float, where: str) -> None:
-    """Waits until the name of the host can be looked up."""
+def require_address(host: str, port: int, deadline: float, what: str, advice: str) -> None:
+    """Waits until the name of the host can be looked up.
+
+    Raises:
+        UserError: it cannot be, in `NAME_SECONDS` or before the `deadline`: `what` it is, and advice.
+    """
     end = min(deadline, time.monotonic() + NAME_SECONDS)
     while True:
         try:
@@ -98,7 +108,7 @@ def _require_address(host: str, port: int, deadline: float, where: str) -> None:
             return
         except (OSError, UnicodeError) as error:
             if time.monotonic() >= end or isinstance(error, UnicodeError):
-                raise UserError(f"{where}: {host} has no address ({_reason(error)}): {_ADDRESS}") from None
+                raise UserError(f"{what} has no address ({_reason(error)}): {advice}") from None
         time.sleep(0.5)
 
 
@@ -142,9 +152,14 @@ def _bound(family: socket.AddressFamily, address: tuple[str, int], deadline: flo
         time.sleep(0.2)
 
 
-def _await_answer(host: str, port: int, deadline: float, where: str) -> None:
-    """Waits until something listens at the address."""
-    begin = time.monotonic()
+def await_answer(host: str, port: int, deadline: float, where: str, absent: str) -> None:
+    """Waits until something listens at the address: torch's own attempts print the frames of their C++ code.
+
+    Raises:
+        RestartFault: nothing does before the `deadline`; `absent` says why that may be, and what to do.
+        OSError: this process has no file descriptor left.
+    """
+    begin, is_logged = time.monotonic(), False
     while True:
         try:
             with socket.create_connection((host, port), timeout=max(0.1, min(5.0, deadline - time.monotonic()))):
@@ -153,10 +168,13 @@ def _await_answer(host: str, port: int, deadline: float, where: str) -> None:
             if error.errno == errno.EMFILE:
                 raise
             if time.monotonic() >= deadline:
+                seconds = time.monotonic() - begin
                 raise RestartFault(
-                    f"{where}: nothing answers there after {time.monotonic() - begin:.0f} s ({_reason(error)}): rank 0 "
-                    f"has not started, or a firewall is in between; {_ADDRESS}"
+                    f"{where}: nothing answers there after {seconds:.0f} s ({_reason(error)}): {absent}"
                 ) from None
+            if not is_logged and time.monotonic() - begin > QUIET_SECONDS:
+                logger.info("waiting for an answer at %s:%d (%s)", host, port, _reason(error))
+                is_logged = True
         time.sleep(0.1)
 
 

@@ -19,6 +19,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m megadistill.distributed.store_server", description=__doc__)
     parser.add_argument("--port", type=int, required=True, help="port to listen at; 0: a free one, which is printed")
     port = parser.parse_args().port
+    if not 0 <= port < 1 << 16:
+        parser.error(f"--port is {port}: give one from 1 to 65535, or 0")
     raise_open_files()
     try:
         store = TCPStore("0.0.0.0", port, None, True, timedelta(minutes=1), False)

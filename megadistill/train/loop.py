@@ -142,8 +142,9 @@ def _run_separate(
 
     None: the run that it was to join has ended.
     """
+    members = Members(separate, alone, minimum=setup.recipe.distributed.min_replicas)  # a signal ends its wait
     with _stop_requests(setup, alone) as stops:
-        members = Members(separate, alone, minimum=setup.recipe.distributed.min_replicas)
+        members.is_stopped = stops.is_requested
         outcome = _epochs(setup, alone, stops, members, stop_after, takes_over=takes_over)
         if outcome is not None:
             stops.acknowledge()
@@ -221,7 +222,7 @@ def _attempt(
     after: int | None,
 ) -> RunOutcome:
     """One attempt at the run; `point` is where it goes on, and where the next one would."""
-    recovery = Recovery(setup, topology, after=after)
+    recovery = Recovery(setup, topology, after=after, step=max(point.steps, 0))
     if topology.is_first:
         logs.add_file(setup.folder / "log.txt", topology.rank)
     topology.watchdog.open_stack_file(setup.folder, recovery.attempt.number, rank=_stack_rank(setup, topology))

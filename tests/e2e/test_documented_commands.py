@@ -211,7 +211,10 @@ def _words(line: str) -> list[str]:
 
 @pytest.mark.thorough
 def test_a_replica_of_the_page_is_lost_and_joins(sandbox: Path) -> None:
-    """The example of docs/replicas.md, with fewer steps: between its first two blocks there are some."""
+    """The example of docs/replicas.md, with fewer steps: between its first two blocks there are some.
+
+    No machine takes one in less than 0.1 s, so that the last comes after the replacement.
+    """
     _, _, section = (ROOT / "docs" / "replicas.md").read_text(encoding="utf-8").partition("\n## Try it on two cores")
     blocks = re.findall(r"^```bash\n(.*?)^```$", section.partition("\n## ")[0], flags=re.MULTILINE | re.DOTALL)
     assert len(blocks) == 3
@@ -220,12 +223,16 @@ def test_a_replica_of_the_page_is_lost_and_joins(sandbox: Path) -> None:
         port = probe.getsockname()[1]
     wait = f"until [ $(wc -l <{folder}/metrics.jsonl) -ge 5 ]; do sleep 0.1; done 2>/dev/null\n"
     script = f"{blocks[0]}{wait}{blocks[1]}{blocks[2]}".replace("29600", str(port))
+    slow = f"export DRILL_FAULTS=slow:100 PYTHONPATH={ROOT}\n"
+    script = slow + script.replace("megadistill train", "python -m tests.drill.faulty train")
     longer = f"--set train.steps={steps} --set train.checkpoint_every=100 --set run.folder="
     finished = _process(sandbox, script.replace("--set run.folder=", longer))
     assert finished.code == 0, finished.transcript
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()]
     changes = [event for event in events if event["event"] == "replicas_changed"]
     assert [(change["lost"], change["joined"]) for change in changes] == [([0], []), ([], [0])]
+    attempts = [event["step"] for event in events if event["event"] == "attempt_started"]
+    assert attempts == [0, *(change["step"] for change in changes)]
     metrics = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in metrics] == list(range(1, steps + 1))
     assert (folder / "DONE").exists()

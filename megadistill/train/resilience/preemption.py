@@ -60,6 +60,10 @@ class StopRequests:
                 self._requested.add(TIME_LIMIT)
         return {reason: float(reason in self._requested) for reason in REASONS}
 
+    def is_requested(self) -> bool:
+        """Whether this rank has received a signal."""
+        return self._since is not None
+
     def acknowledge(self) -> None:
         """Removes the file STOP once the run has stopped, so that it does not stop the next attempt."""
         if self.first:

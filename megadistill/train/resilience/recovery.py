@@ -57,10 +57,11 @@ logger = logging.getLogger(__name__)
 class Recovery:
     """One attempt at a run. Methods are collective, except for those that only record an event."""
 
-    def __init__(self, setup: Setup, topology: Topology, *, after: int | None = None) -> None:
+    def __init__(self, setup: Setup, topology: Topology, *, after: int | None = None, step: int = 0) -> None:
         """Acquires the run folder: an older attempt that is still alive ends at its next step.
 
-        `after`: the newest attempt when the folder was found free; None: no matter which it is.
+        `after`: the newest attempt when the folder was found free; None: no matter which it is. `step`: steps that the
+        students in memory have taken.
 
         Raises:
             UserError: another start has acquired the folder since.
@@ -89,13 +90,13 @@ class Recovery:
             logger.warning("attempt %d: %s: see stacks/", number - 1, aborted)
         self.events.write(
             "attempt_started",
-            step=0,
+            step=step,
             world_size=topology.world,
             attempt_record=f"attempts/{number:05d}.json",
             **({} if aborted is None else {"before": aborted}),
         )
         stable_steps, section = stable_steps_of(setup.recipe, setup.data), setup.recipe.checkpoint
-        self.step = 0
+        self.step = step
         """Current optimizer step."""
         self.tokens = 0
         """Tokens of all steps up to the current one; of a run that began from another, that one's too."""

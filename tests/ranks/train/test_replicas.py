@@ -208,7 +208,8 @@ def test_a_run_of_replicas_that_is_resumed_is_the_undisturbed_one_to_the_bit(
 ) -> None:
     """From a durable checkpoint, of two replicas: losses and all other numbers, and the master weights."""
     folders = (tmp_path / "undisturbed", tmp_path / "resumed")
-    for folder, stops in zip(folders, ([None], [2, None]), strict=True):
+    launches: tuple[list[int | None], ...] = ([None], [2, None])
+    for folder, stops in zip(folders, launches, strict=True):
         for stop_after in stops:
             arguments = (str(manifest), str(folder), str(teacher), stop_after)
             run_ranks(2 * shard, _train_durably, *arguments, replicas=2)

@@ -1,21 +1,27 @@
 """Replicas that are launches of their own: their place in the environment, the end of a process, waits that end."""
 
+import json
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
+import torch
 
 from megadistill.distributed import members
 from megadistill.distributed.groups.guard import Guard
 from megadistill.distributed.groups.presence import Presence
 from megadistill.distributed.launch import Launch, SeparateReplica, replica_launch
+from megadistill.distributed.topology import Topology
 from megadistill.errors import RestartFault, UserError
+from tests.paths import ROOT
 
 PLACE = {"MEGADISTILL_REPLICA": "1", "MEGADISTILL_REPLICAS": "3", "MEGADISTILL_STORE": "node7:29400"}
 
@@ -30,7 +36,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch, **changes: str | None) -> None
 
 def test_the_place_of_a_replica_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     _environment(monkeypatch, MEGADISTILL_STORE="[::1]:29400")
-    assert SeparateReplica.from_environment() == SeparateReplica(1, 3, "[::1]", 29400)
+    assert SeparateReplica.from_environment() == SeparateReplica(1, 3, "::1", 29400)
     for name in PLACE:
         monkeypatch.delenv(name)
     assert SeparateReplica.from_environment() is None
@@ -42,6 +48,7 @@ def test_the_place_of_a_replica_is_read_from_the_environment(monkeypatch: pytest
         ({"MEGADISTILL_STORE": None}, "but not MEGADISTILL_STORE"),
         ({"MEGADISTILL_REPLICA": "3"}, "replicas count from 0 to one less than their number"),
         ({"MEGADISTILL_REPLICA": "-1"}, "replicas count from 0"),
+        ({"MEGADISTILL_REPLICA": ""}, "MEGADISTILL_REPLICA is empty"),
         ({"MEGADISTILL_REPLICAS": "many"}, "MEGADISTILL_REPLICAS many"),
         ({"MEGADISTILL_STORE": "node7"}, "give HOST:PORT"),
         ({"MEGADISTILL_STORE": "node7:70000"}, "give HOST:PORT"),
@@ -54,16 +61,59 @@ def test_a_wrong_place_is_refused(changes: dict[str, str | None], line: str, mon
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "nowhere.invalid"])
-def test_a_store_that_does_not_answer_is_one_line(host: str, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("host", "fault", "line"),
+    [
+        ("127.0.0.1", RestartFault, "nothing answers there after 1 s .*: start python -m"),
+        ("nowhere.invalid", UserError, "has no address .*: give HOST:PORT"),
+    ],
+)
+def test_a_store_that_does_not_answer_is_one_line(
+    host: str, fault: type[Exception], line: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     with socket.socket() as taken:  # bound, and not listening
         taken.bind(("127.0.0.1", 0))
         separate = SeparateReplica(0, 2, host, taken.getsockname()[1])
-        line = f"MEGADISTILL_STORE={separate.store}, does not answer after 1 s .*start it"
-        with pytest.raises(RestartFault, match=line):
+        with pytest.raises(fault, match=f"MEGADISTILL_STORE={separate.store}, the store of the replicas:? {line}"):
             members._connect(separate, timedelta(seconds=1))
     output = capfd.readouterr()
     assert (output.out, output.err) == ("", ""), "torch printed the frames of its C++ code"
+
+
+@pytest.fixture(params=["127.0.0.1", "::1"])
+def separate(request: pytest.FixtureRequest) -> Iterator[SeparateReplica]:
+    """The first of two replicas, and a store at an address."""
+    command = [sys.executable, "-m", "megadistill.distributed.store_server", "--port", "0"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as store:
+        assert store.stdout is not None
+        yield SeparateReplica(0, 2, request.param, int(store.stdout.readline().split()[-1]))
+        store.kill()
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_a_replica_that_waits_for_the_others_ends_when_it_is_asked_to_stop(
+    separate: SeparateReplica, has_begun: bool
+) -> None:
+    """It waits for the first step, or to join a run that has begun."""
+    if has_begun:
+        others = {"number": 1, "members": [asdict(members.Member("1-a", 1, "node", "", 5))]}
+        members._connect(separate, timedelta(seconds=20)).set("epoch/1", json.dumps(others))
+    alone = Topology(0, 1, 0, 1, torch.device("cpu"), timeout=timedelta(minutes=10))
+    waiting = members.Members(separate, alone, minimum=1)
+    assert waiting.joins == has_begun
+    looks = iter([False, False, True])
+    waiting.is_stopped = partial(next, looks)
+    with pytest.raises(RestartFault, match="stopped while it waited for the other replicas"):
+        waiting.next_epoch(-1)
+    assert not list(looks), "all three looks were taken"
+    waiting.close(ended=False)
+
+
+def test_a_store_without_a_port_is_refused() -> None:
+    command = [sys.executable, "-m", "megadistill.distributed.store_server", "--port", "70000"]
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].endswith("--port is 70000: give one from 1 to 65535, or 0")
 
 
 def test_ranks_of_all_replicas_are_counted_by_replica() -> None:
