@@ -38,7 +38,7 @@ from megadistill.distributed.groups.unregistered import unregistered_group
 from megadistill.distributed.launch import SeparateReplica
 from megadistill.distributed.rendezvous import await_answer, require_address
 from megadistill.distributed.topology import Topology
-from megadistill.errors import RestartFault
+from megadistill.errors import RestartFault, UserError
 from megadistill.io import parse_json
 from megadistill.redaction import printable
 from megadistill.units import number_of
@@ -66,6 +66,7 @@ class Member:
     host: str
     address: str
     """Address of its leader, see `Presence`."""
+    ranks: int
     steps: int
     """Steps that its student has taken, when the epoch was decided; -1: it has no student yet."""
 
@@ -121,7 +122,8 @@ class Members:
         self._closed = threading.Event()
         if self._leads:
             self._presence = Presence((separate.host, separate.port))
-            own = Member(self._id, separate.replica, socket.gethostname(), self._presence.address, -1)
+            host, address, ranks = socket.gethostname(), self._presence.address, alone.shard_world
+            own = Member(self._id, separate.replica, host, address, ranks, -1)
             self._store.set(f"beat/{self._id}", "0")
             self._store.set(f"arrival/{self._store.add('arrivals', 1)}", json.dumps(asdict(own)))
             threading.Thread(target=self._send_heartbeats, name="members beat", daemon=True).start()
@@ -141,6 +143,7 @@ class Members:
         `steps`: that this replica's student has taken; -1: it has none.
 
         Raises:
+            UserError: a replica has another number of ranks.
             RestartFault: too few replicas are left, or this one was left out.
         """
         self._end_epoch()
@@ -158,7 +161,7 @@ class Members:
             if "ended" in record:
                 return None
             if "problem" in record:
-                raise RestartFault(str(record["problem"]))
+                raise (UserError if record.get("is_input") else RestartFault)(str(record["problem"]))
             epoch, across, guard = self._join_groups(record)
             if epoch is not None:
                 self._epoch, self._guard, self._across = epoch, guard, across
@@ -206,7 +209,6 @@ class Members:
         """The leader: the record of the next epoch; of one that joins, the first that it is a member of."""
         deadline = time.monotonic() + self._timeout.total_seconds()
         if number is None and self.joins:
-            self._store.set(f"joins/{self._id}", "1")
             return self._awaited()
         number = 1 if number is None else number
         self._store.set(f"ready/{number}/{self._id}", str(steps))
@@ -235,6 +237,9 @@ class Members:
                 members = [member["id"] for member in record["members"]]
                 if self._id in members or "problem" in record:
                     return record
+                if problem := self._unlike(record):
+                    return problem
+                self._store.set(f"joins/{self._id}", "1")
                 number += 1
             if all(member in self._lost for member in members):
                 return {"problem": "no replica is alive of the run that this one was to join: start all of them again"}
@@ -288,7 +293,19 @@ class Members:
             )
         self._store.compare_set(f"epoch/{number}", "", json.dumps(record))
 
+    def _unlike(self, record: dict[str, Any]) -> dict[str, Any] | None:
+        """The problem of a replica that has not as many ranks as the members of an epoch."""
+        sizes = {int(member["ranks"]): int(member["replica"]) for member in record["members"]}
+        own = self._alone.shard_world
+        if all(size == own for size in sizes):
+            return None
+        size, replica = next((size, replica) for size, replica in sizes.items() if size != own)
+        counts = f"replica {self._separate.replica} has {number_of(own, 'rank')}, replica {replica} has {size}"
+        return {"problem": f"{counts}: launch all replicas with equally many ranks", "is_input": True}
+
     def _checked(self, record: dict[str, Any]) -> dict[str, Any]:
+        if record["number"] == 1 and (problem := self._unlike(record)):
+            return problem
         if "problem" not in record and all(member["id"] != self._id for member in record["members"]):
             return {"problem": "this replica was silent too long and was left out: start it again, and it joins"}
         return record

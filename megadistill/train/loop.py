@@ -23,6 +23,7 @@ from megadistill.distributed.members import Epoch, Members
 from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault, RestartFault, UserError
 from megadistill.events import last_step
+from megadistill.redaction import printable
 from megadistill.timeline.clock import clock_for
 from megadistill.timeline.stopwatch import Stopwatch
 from megadistill.tracking.process import CLOSE_SECONDS, STOP_SECONDS, TrackerProcesses
@@ -63,6 +64,7 @@ from megadistill.train.resume_point import ResumePoint
 from megadistill.train.router_losses import describe_routers
 from megadistill.train.schedule import learning_rate, progress
 from megadistill.train.setup.plausibility import implausible_settings
+from megadistill.train.setup.recipe_changes import recipe_changes
 from megadistill.train.setup.setup import Setup, describe_layout
 from megadistill.train.setup.step_shape import StepShape, stable_steps_of, student_config_of_entry
 from megadistill.train.setup.teacher_files import of_teacher
@@ -167,9 +169,10 @@ def _epochs(
             topology = point.epoch.topology
             _log_run(setup, point.epoch)
             stops.first, own = topology.is_first, setup.with_replicas(topology.replicas)
-            after = None if takes_over or point.epoch.number > 1 else _free_folder(own, topology)
             stops.somebody_waits = lambda: members.somebody_waits
             try:
+                _require_one_recipe(setup, topology)
+                after = None if takes_over or point.epoch.number > 1 else _free_folder(own, topology)
                 outcome = _attempt(own, topology, stops, point, stop_after, after)
             except ReplicasChanged:
                 point.began = time.perf_counter()
@@ -180,6 +183,23 @@ def _epochs(
                 return outcome
     finally:
         members.close(ended=ended)
+
+
+def _require_one_recipe(setup: Setup, topology: Topology) -> None:
+    """Refuses this replica where its recipe is not that of the first one. Collective.
+
+    A recipe of its own would give it other rows, or another step: the sum of the gradients would be of no batch.
+
+    Raises:
+        UserError: it is another one, with the keys that differ.
+    """
+    own = setup.recipe.snapshot()
+    changes = recipe_changes(broadcast_object(own, topology.world_group), own)
+    if changes:
+        differing = "; ".join(f"{key} is {there!r} there, {here!r} here" for key, (there, here) in changes.items())
+        raise UserError(
+            f"this replica has another recipe than the first one: {printable(differing)}: start all with the same"
+        )
 
 
 def _log_run(setup: Setup, epoch: Epoch) -> None:

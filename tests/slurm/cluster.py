@@ -153,6 +153,9 @@ class Cluster:
         number = self.call("sbatch", "--parsable", *options, f"slurm/{script}.sbatch", variables=variables).strip()
         return Job(self, number, folder)
 
+    def cancel_all(self) -> None:
+        self.call("scancel", f"--user={os.geteuid()}", check=False)
+
     def are_idle(self) -> None:
         """All nodes are up, and no job has them."""
 

@@ -138,9 +138,11 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture(autouse=True)
-def _idle(request: pytest.FixtureRequest) -> None:
+def _idle(request: pytest.FixtureRequest) -> Iterator[None]:
     cluster: Cluster = request.getfixturevalue("cluster")
     cluster.are_idle()
+    yield
+    cluster.cancel_all()  # the job of a test that has failed
 
 
 @pytest.fixture(scope="session")

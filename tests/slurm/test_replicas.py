@@ -40,9 +40,12 @@ def _in_a_save(job: Job) -> None:
     until("the save begins", lambda: any(folder.glob(f".tmp-*{SAVE:08d}*")), 60, job.transcript)
 
 
-def _until_joined(job: Job, gate: Gate, step: int, replicas: int) -> None:
-    """Opens a step after the other, from the one after `step`, until there are so many replicas again."""
-    until("the replacement is ready", lambda: job.log.count(READY) > replicas, 90, job.transcript)
+def _until_joined(job: Job, gate: Gate, step: int, *, replicas: int, ready: int) -> None:
+    """Opens a step after the other, from the one after `step`, until there are so many replicas again.
+
+    `ready`: replicas that have said that they are, before.
+    """
+    until("the replacement is ready", lambda: job.log.count(READY) > ready, 90, job.transcript)
     while job.events("replicas_changed")[-1]["replicas"] != replicas:
         assert step < STEPS, job.transcript()
         step += 1
@@ -60,10 +63,11 @@ def test_a_node_loses_its_power_in_a_save_and_the_others_go_on(
     job = cluster.submit("replicas", work.folder / "replicas", *options, **settings)
     job.says("start 1 on n1 n2")
     _in_a_save(job)
+    ready = job.log.count(READY)
     cluster.node("crash", "n2")
     try:
         job.says("replica 1 starts again on n3")
-        _until_joined(job, gate, SAVE + 5, 2)
+        _until_joined(job, gate, SAVE + 5, replicas=2, ready=ready)
         gate.open(STEPS)
         job.ends(400)
     finally:

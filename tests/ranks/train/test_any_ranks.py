@@ -16,11 +16,12 @@ from megadistill.data.targets.target_manifest import TargetManifest
 from megadistill.distributed.launch import Launch
 from megadistill.distributed.roles import Roles
 from megadistill.distributed.topology import Topology
+from megadistill.errors import UserError
 from megadistill.export.export_run import export_run
 from megadistill.student.state import ReadRange, StudentState
 from megadistill.train.checkpoint.format import newest_checkpoint
 from megadistill.train.lookahead import StepBatch, StepBatches
-from megadistill.train.loop import run
+from megadistill.train.loop import _require_one_recipe, run
 from megadistill.train.setup.setup import prepare
 from megadistill.train.teacher.placement import run_teacher_server
 from tests.ranks.harness import run_ranks
@@ -214,3 +215,25 @@ def test_one_replica_reads_the_state_for_all(manifest: Path, tmp_path: Path, beg
         lines.append(loops._numbers(folder))
     _assert_alike(lines[1], lines[0])
     _assert_alike(lines[2], lines[0])
+
+
+def _compare_recipes(topology: Topology, values: dict[str, Any]) -> str:
+    if topology.replica == 1:
+        values["train"] = {**values["train"], "micro_batch": 2 * values["train"]["micro_batch"]}
+    setup = prepare(Recipe.model_validate(values), Launch(topology.rank, topology.world, topology.local_rank, 2))
+    try:
+        _require_one_recipe(setup, topology)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_a_replica_with_another_recipe_is_refused_and_the_first_is_not(manifest: Path, tmp_path: Path) -> None:
+    values = _values(manifest, tmp_path / "run")
+    values["train"]["micro_batch"] = 1
+    first, other = run_ranks(2, _compare_recipes, values, vocab_group=1, replicas=2)
+    assert (first, other) == (
+        "",
+        "this replica has another recipe than the first one: train.micro_batch is 1 there, 2 here: start all with the "
+        "same",
+    )

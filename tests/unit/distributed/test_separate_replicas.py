@@ -23,6 +23,7 @@ from megadistill.distributed.topology import Topology
 from megadistill.errors import RestartFault, UserError
 from tests.paths import ROOT
 
+ALONE = Topology(0, 1, 0, 1, torch.device("cpu"), timeout=timedelta(minutes=10))
 PLACE = {"MEGADISTILL_REPLICA": "1", "MEGADISTILL_REPLICAS": "3", "MEGADISTILL_STORE": "node7:29400"}
 
 
@@ -96,16 +97,38 @@ def test_a_replica_that_waits_for_the_others_ends_when_it_is_asked_to_stop(
 ) -> None:
     """It waits for the first step, or to join a run that has begun."""
     if has_begun:
-        others = {"number": 1, "members": [asdict(members.Member("1-a", 1, "node", "", 5))]}
-        members._connect(separate, timedelta(seconds=20)).set("epoch/1", json.dumps(others))
-    alone = Topology(0, 1, 0, 1, torch.device("cpu"), timeout=timedelta(minutes=10))
-    waiting = members.Members(separate, alone, minimum=1)
+        _begin(separate, ranks=1)
+    waiting = members.Members(separate, ALONE, minimum=1)
     assert waiting.joins == has_begun
     looks = iter([False, False, True])
     waiting.is_stopped = partial(next, looks)
     with pytest.raises(RestartFault, match="stopped while it waited for the other replicas"):
         waiting.next_epoch(-1)
     assert not list(looks), "all three looks were taken"
+    waiting.close(ended=False)
+
+
+def _begin(separate: SeparateReplica, ranks: int) -> None:
+    """A run with replica 1 alone, of so many ranks."""
+    others = {"number": 1, "members": [asdict(members.Member("1-a", 1, "node", "", ranks, 5))]}
+    members._connect(separate, timedelta(seconds=20)).set("epoch/1", json.dumps(others))
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_a_replica_of_another_number_of_ranks_is_refused(separate: SeparateReplica, has_begun: bool) -> None:
+    """It is one that joins, or one of the first two, which the other one has decided."""
+    if has_begun:
+        _begin(separate, ranks=2)
+    waiting = members.Members(separate, ALONE, minimum=1)
+    if not has_begun:
+        own = members.Member(waiting._id, 0, "node", "", 1, -1)
+        other = members.Member("1-a", 1, "node", "", 2, -1)
+        record = {"number": 1, "members": [asdict(own), asdict(other)]}
+        members._connect(separate, timedelta(seconds=20)).set("epoch/1", json.dumps(record))
+    line = "replica 0 has 1 rank, replica 1 has 2: launch all replicas with equally many ranks"
+    with pytest.raises(UserError, match=line):
+        waiting.next_epoch(-1)
+    assert not waiting._store.check([f"joins/{waiting._id}"]), "the run is not disturbed"
     waiting.close(ended=False)
 
 
