@@ -42,7 +42,8 @@ def main() -> NoReturn:
 
     A fault ends the process at once: the interpreter's own shutdown would destroy process groups whose peers are gone,
     and abort with another code. So does a run that recorded a profile: behind torch's profiler that shutdown ends some
-    of them by a segmentation fault, when all is stored.
+    of them by a segmentation fault, when all is stored. And so does each of several replicas that are launches of their
+    own, whose thread that waits in torch's store for the loss of another would abort, if it ended now.
     """
     interrupts = Interrupts()
     try:
@@ -52,7 +53,8 @@ def main() -> NoReturn:
         code = RestartFault.exit_code
     sys.stdout.flush()
     sys.stderr.flush()
-    if code in (RestartFault.exit_code, OperatorFault.exit_code) or _has_recorded_profile():
+    ends_at_once = code in (RestartFault.exit_code, OperatorFault.exit_code)
+    if ends_at_once or environment_replica() is not None or _has_recorded_profile():
         os._exit(code)
     sys.exit(code)
 

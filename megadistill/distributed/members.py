@@ -171,7 +171,9 @@ class Members:
     def close(self, *, ended: bool) -> None:
         """Leaves the run. `ended`: it has taken its last step, or was stopped, on all replicas."""
         with suppress(RuntimeError, dist.DistError):
-            if self._leads and ended:
+            if not ended:
+                self._end_epoch()
+            elif self._leads:
                 self._await_others()
                 self._store.set("ended", "1")
             if self._leads:
