@@ -432,6 +432,8 @@ def _connect(separate: SeparateReplica, timeout: timedelta) -> Any:
     try:
         await_answer(separate.host, separate.port, deadline, where, absent)
         return TCPStore(separate.host, separate.port, None, False, timeout, False)
+    except RestartFault:  # it is a RuntimeError, and says all
+        raise
     except (RuntimeError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise RestartFault(f"{where}: no connection ({printable(reason)[:200]}): {absent}") from None

@@ -60,7 +60,7 @@ class Recovery:
     def __init__(self, setup: Setup, topology: Topology, *, after: int | None = None, step: int = 0) -> None:
         """Acquires the run folder: an older attempt that is still alive ends at its next step.
 
-        `after`: the newest attempt when the folder was found free; None: no matter which it is. `step`: steps that the
+        `after`: the newest attempt when the folder was free; None: no matter which it is. `step`: steps that the
         students in memory have taken.
 
         Raises:

@@ -75,7 +75,7 @@ def test_a_store_that_does_not_answer_is_one_line(
     with socket.socket() as taken:  # bound, and not listening
         taken.bind(("127.0.0.1", 0))
         separate = SeparateReplica(0, 2, host, taken.getsockname()[1])
-        with pytest.raises(fault, match=f"MEGADISTILL_STORE={separate.store}, the store of the replicas:? {line}"):
+        with pytest.raises(fault, match=f"^MEGADISTILL_STORE={separate.store}, the store of the replicas:? {line}"):
             members._connect(separate, timedelta(seconds=1))
     output = capfd.readouterr()
     assert (output.out, output.err) == ("", ""), "torch printed the frames of its C++ code"
